@@ -1,0 +1,227 @@
+"""The contract of a pass: one graph in, a new graph and a report of what changed and what was refused out.
+
+A pass is a frozen pydantic model: its typed fields are the options of the recipe and of the command line, so an
+unknown or ill-typed option is rejected before any data is read. :meth:`Pass.__call__` is the one template::
+
+    copy -> requires -> apply -> sort -> ensures -> report
+
+``apply`` mutates the copy that it is given and yields what it did: a :class:`Change`, a :class:`Refusal` (a skip is a
+result, not a log line) or a :class:`Decision` (what was decided by measuring, so that a replay gives the same bytes).
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from onnxcompress.graph import Graph, copy_graph, sort_nodes
+from onnxcompress.shapes import GraphStats, graph_stats
+
+if TYPE_CHECKING:
+    from onnxcompress.data import Dataset
+
+__all__ = [
+    "Change",
+    "Context",
+    "Decision",
+    "Guarantee",
+    "Pass",
+    "PassReport",
+    "PassResult",
+    "Progress",
+    "Refusal",
+    "SilentProgress",
+]
+
+Item = TypeVar("Item")
+
+
+class Guarantee(Enum):
+    """What a pass promises about the outputs."""
+
+    #: bit for bit the same
+    EXACT = "exact"
+    #: the same but for the order of floating-point operations
+    EQUIVALENT = "equivalent"
+    #: judged by the task metric
+    APPROXIMATE = "approximate"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that a pass did: a short kind (``folded``, ``removed``), the node's name, and details."""
+
+    kind: str
+    node: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that a pass left alone although it was a candidate, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """An option value found by measuring or searching; the saved recipe carries it, so that a replay repeats it."""
+
+    option: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did. ``decisions`` overrides ``options`` in a saved recipe."""
+
+    name: str
+    options: dict[str, Any]
+    changes: tuple[Change, ...]
+    refusals: tuple[Refusal, ...]
+    decisions: dict[str, Any]
+    before: GraphStats
+    after: GraphStats
+    seconds: float
+    warnings: tuple[str, ...] = ()
+    #: reports of the passes of a pipeline, in order
+    children: tuple[PassReport, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        """True where the pass changed anything."""
+        return bool(self.changes)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """A new graph, what was done to it, and ``kept``: {tensor: (axis, indices)} where positions were removed."""
+
+    graph: Graph
+    report: PassReport
+    kept: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+
+
+class Progress(Protocol):
+    """Where long work reports to. ``track`` wraps an iterable; ``total`` is None where the length is unknown."""
+
+    def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+        """Yield ``items`` while showing how far the work is."""
+        ...
+
+    def paused(self) -> AbstractContextManager[Any]:
+        """A context in which nothing is drawn, for example while time is being measured."""
+        ...
+
+
+class SilentProgress:
+    """Progress that shows nothing; the default of the Python API."""
+
+    def track(self, items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+        """Yield ``items``."""
+        yield from items
+
+    def paused(self) -> AbstractContextManager[Any]:
+        """Nothing to pause."""
+        return nullcontext()
+
+
+@dataclass
+class Context:
+    """What a pass may use beside the graph.
+
+    ``original`` is the graph that the recipe was given (the teacher); ``data`` calibrates and trains, ``eval_data``
+    only judges. ``evaluate`` maps a callable that runs a model to a number, higher is better.
+    """
+
+    original: Graph | None = None
+    data: Dataset | None = None
+    eval_data: Dataset | None = None
+    evaluate: Callable[[Callable[..., Any]], float] | None = None
+    target: str = "cpu"
+    seed: int = 0
+    progress: Progress = field(default_factory=SilentProgress)
+    work_dir: Path | None = None
+    #: threads of the sessions that calibrate and verify; 0: as many as the runtime chooses
+    threads: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, message: str) -> None:
+        """Record a warning for the report; the same one is recorded once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+
+class Pass(BaseModel, ABC):
+    """One transformation of a graph. Subclasses set ``name``, declare options as fields and write ``apply``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: pass name = file = recipe key = command
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def guarantee(self) -> Guarantee:
+        """What the pass promises with these options."""
+
+    @property
+    def needs_data(self) -> bool:
+        """True where the pass reads calibration data."""
+        return False
+
+    def requires(self, graph: Graph, context: Context) -> None:  # noqa: B027 - an optional hook
+        """Raise an :class:`~onnxcompress.errors.OnnxCompressError` where the pass cannot start."""
+
+    @abstractmethod
+    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision]:
+        """Change ``graph`` in place and yield what was done, refused and decided."""
+
+    def ensures(self, before: Graph, after: Graph, context: Context) -> None:  # noqa: B027 - an optional hook
+        """Raise where the result breaks a promise that can be checked on the graphs alone."""
+
+    def kept(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Positions that survive, for passes that remove some; see :class:`PassResult`."""
+        return {}
+
+    def __call__(self, graph: Graph, context: Context | None = None) -> PassResult:
+        """Run the pass on a copy of ``graph``; the argument is not changed."""
+        context = context if context is not None else Context()
+        start = time.perf_counter()
+        warned = len(context.warnings)
+        self.requires(graph, context)
+        after = copy_graph(graph)
+        changes: list[Change] = []
+        refusals: list[Refusal] = []
+        decisions: dict[str, Any] = {}
+        for item in self.apply(after, context):
+            match item:
+                case Change():
+                    changes.append(item)
+                case Refusal():
+                    refusals.append(item)
+                case Decision():
+                    decisions[item.option] = item.value
+        sort_nodes(after)
+        self.ensures(graph, after, context)
+        report = PassReport(
+            name=self.name,
+            options=self.model_dump(mode="json", exclude_defaults=True),
+            changes=tuple(changes),
+            refusals=tuple(refusals),
+            decisions=decisions,
+            before=graph_stats(graph),
+            after=graph_stats(after),
+            seconds=time.perf_counter() - start,
+            warnings=tuple(context.warnings[warned:]),
+        )
+        return PassResult(after, report, self.kept())

@@ -1,0 +1,365 @@
+"""Helpers on graphsurgeon's IR that keep its traps out of the passes.
+
+What graphsurgeon gets wrong for us, and where it is mended here:
+
+- ``Graph.copy`` drops tensor types and the producer, and shares attribute lists: :func:`copy_graph`.
+- ``Graph.toposort`` recurses as deep as the graph: :func:`sort_nodes`.
+- ``Node`` and ``Tensor`` compare structurally and are unhashable: use ``is`` and ``id()``.
+- ``len(tensor.outputs)`` does not count a graph output: :func:`graph_output_ids`.
+- Import drops metadata, doc strings and overridable initializers: :class:`ModelInfo` carries them.
+"""
+
+from __future__ import annotations
+
+import copy
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from onnxcompress.errors import ModelError
+
+__all__ = [
+    "Graph",
+    "InputSpec",
+    "ModelInfo",
+    "Names",
+    "attribute",
+    "constant_value",
+    "copy_graph",
+    "first_output",
+    "graph_output_ids",
+    "input_specs",
+    "model_info",
+    "normal_domain",
+    "redirect",
+    "remove_node",
+    "set_constant",
+    "sort_nodes",
+    "walk_graphs",
+    "walk_nodes",
+]
+
+Graph = gs.Graph
+
+
+@dataclass
+class ModelInfo:
+    """What an ONNX file holds beside the graph and graphsurgeon has no place for.
+
+    It travels on the graph (see :func:`model_info`) and is shared between copies except for the
+    dictionaries, which are copied.
+    """
+
+    #: metadata_props of the model
+    metadata: dict[str, str] = field(default_factory=dict)
+    #: the imported ModelProto without its weights: doc strings, node metadata, attributes of rare types
+    keepsake: onnx.ModelProto | None = None
+    #: default values of overridable initializers, by the name of the graph input
+    defaults: dict[str, gs.Constant] = field(default_factory=dict)
+    #: SHA-256 of the source file and its external data, hexadecimal
+    source_sha256: str | None = None
+    #: True where the source kept its weights in external files
+    external_data: bool = False
+
+    def copy(self) -> ModelInfo:
+        """A copy whose dictionaries can be changed without changing this one."""
+        return ModelInfo(dict(self.metadata), self.keepsake, dict(self.defaults), self.source_sha256, self.external_data)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One graph input: its name, numpy dtype and shape (an int, a symbol or None per axis; None: unknown rank)."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...] | None
+    #: True for an overridable initializer, which need not be fed
+    optional: bool = False
+
+
+def model_info(graph: Graph) -> ModelInfo:
+    """The :class:`ModelInfo` that travels with ``graph``; an empty one is attached where there is none."""
+    info = graph.__dict__.get("onnxcompress_info")
+    if info is None:
+        info = graph.__dict__["onnxcompress_info"] = ModelInfo()
+    return info
+
+
+def input_specs(graph: Graph) -> list[InputSpec]:
+    """Graph inputs in order, overridable initializers marked optional."""
+    defaults = model_info(graph).defaults
+    specs = []
+    for tensor in graph.inputs:
+        if tensor.dtype is None:
+            raise ModelError(f"graph input {tensor.name!r} has no type; declare one before compressing")
+        dtype = tensor.dtype
+        if isinstance(dtype, int):  # graphsurgeon keeps ONNX's number for types that numpy lacks
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
+        shape = None if tensor.shape is None else tuple(_dimension(d) for d in tensor.shape)
+        specs.append(InputSpec(tensor.name, np.dtype(dtype), shape, tensor.name in defaults))
+    return specs
+
+
+def _dimension(value: Any) -> int | str | None:
+    if isinstance(value, str):
+        return value or None
+    if value is None or value < 0:
+        return None
+    return int(value)
+
+
+def normal_domain(node: gs.Node) -> str:
+    """The operator domain of ``node``: '' for ONNX's own operators, however the file spells it."""
+    domain = node.domain or ""
+    return "" if domain == "ai.onnx" else domain
+
+
+def walk_graphs(graph: Graph) -> Iterator[Graph]:
+    """``graph`` and every graph nested in its nodes' attributes, outermost first."""
+    queue = [graph]
+    while queue:
+        current = queue.pop()
+        yield current
+        for node in current.nodes:
+            for value in node.attrs.values():
+                if isinstance(value, gs.Graph):
+                    queue.append(value)
+
+
+def walk_nodes(graph: Graph) -> Iterator[gs.Node]:
+    """Every node of ``graph`` and of the graphs nested in it."""
+    for part in walk_graphs(graph):
+        yield from part.nodes
+
+
+def graph_output_ids(graph: Graph) -> set[int]:
+    """``id()`` of every tensor that leaves ``graph`` or a graph nested in it; ``len(tensor.outputs)`` leaves them out."""
+    return {id(tensor) for part in walk_graphs(graph) for tensor in part.outputs}
+
+
+def first_output(node: gs.Node) -> str:
+    """Name of the first named output: the one identity of a node that every ONNX file has."""
+    return next((t.name for t in node.outputs if t.name), "")
+
+
+def attribute(node: gs.Node, name: str, default: Any = None) -> Any:
+    """Value of an attribute, or ``default`` where the file leaves it out."""
+    value = node.attrs.get(name)
+    return default if value is None else value
+
+
+_CONSTANT_SCALARS = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+
+
+def constant_value(tensor: gs.Tensor) -> NDArray[Any] | None:
+    """The read-only value of an initializer or of a Constant node's output; None where it is not constant.
+
+    Sparse constants, strings and types below one byte are answered with None: no pass computes with them.
+    """
+    if isinstance(tensor, gs.Constant):
+        return _dense_values(tensor)
+    if len(tensor.inputs) != 1:
+        return None
+    node = tensor.inputs[0]
+    if node.op != "Constant" or normal_domain(node) != "":
+        return None
+    value = node.attrs.get("value")
+    if isinstance(value, gs.Constant):
+        return _dense_values(value)
+    for name, dtype in _CONSTANT_SCALARS.items():
+        if name in node.attrs and not isinstance(node.attrs[name], gs.Node.AttributeRef):
+            return _frozen(np.array(node.attrs[name], dtype))
+    return None
+
+
+_PACKED_TYPES = {
+    onnx.TensorProto.STRING,
+    onnx.TensorProto.INT4,
+    onnx.TensorProto.UINT4,
+    onnx.TensorProto.FLOAT4E2M1,
+}
+
+
+def _dense_values(constant: gs.Constant) -> NDArray[Any] | None:
+    values = constant._values
+    if isinstance(values, np.ndarray):
+        return _frozen(values)
+    if type(values) is not LazyValues:  # sparse
+        return None
+    if values.tensor.data_type in _PACKED_TYPES:
+        return None
+    array = onnx.numpy_helper.to_array(values.tensor)
+    constant.values = _frozen(array)
+    return constant.values  # type: ignore[no-any-return]
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    if array.flags.writeable:
+        array = array.view()
+        array.flags.writeable = False
+    return array
+
+
+def set_constant(node: gs.Node, index: int, name: str, value: NDArray[Any]) -> gs.Constant:
+    """Make input ``index`` of ``node`` a new constant; other users of the old tensor are not touched.
+
+    ``name`` must be free (see :class:`Names`) unless the old constant had no other user.
+    """
+    constant = gs.Constant(name, _frozen(np.ascontiguousarray(value)))
+    while len(node.inputs) <= index:
+        node.inputs.append(gs.Variable.empty())
+    node.inputs[index] = constant
+    return constant
+
+
+class Names:
+    """Hands out tensor and node names that are free in a graph and in every graph nested in it."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._used: set[str] = set()
+        for part in walk_graphs(graph):
+            self._used.update(t.name for t in (*part.inputs, *part.outputs))
+            for node in part.nodes:
+                self._used.add(node.name)
+                self._used.update(t.name for t in node.inputs)
+                self._used.update(t.name for t in node.outputs)
+
+    def free(self, wanted: str) -> str:
+        """``wanted``, or ``wanted`` with the first number that makes it free; the answer is taken from now on."""
+        name, number = wanted, 1
+        while name in self._used or not name:
+            name, number = f"{wanted}_{number}", number + 1
+        self._used.add(name)
+        return name
+
+
+def redirect(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let every consumer of ``old`` read ``new`` instead; graph outputs are not touched."""
+    for consumer in list({id(n): n for n in old.outputs}.values()):
+        for index, tensor in enumerate(consumer.inputs):
+            if tensor is old:
+                consumer.inputs[index] = new
+
+
+def remove_node(node: gs.Node) -> None:
+    """Detach ``node`` from its tensors; :func:`sort_nodes` drops it from the list.
+
+    Removal from ``graph.nodes`` by position is linear, so passes detach and the list is filtered once.
+    """
+    node.inputs.clear()
+    node.outputs.clear()
+
+
+def sort_nodes(graph: Graph) -> None:
+    """Sort the nodes topologically, in place and stably; detached nodes (no output left) are dropped.
+
+    Iterative, so that depth does not matter, and linear but for a heap that keeps the old order.
+
+    Raises:
+        ModelError: the graph has a cycle.
+    """
+    nodes = [n for n in graph.nodes if n.inputs or n.outputs]
+    position = {id(node): i for i, node in enumerate(nodes)}
+    waiting = [0] * len(nodes)
+    followers: list[list[int]] = [[] for _ in nodes]
+    for i, node in enumerate(nodes):
+        read = [t for t in node.inputs if t.name]
+        for value in node.attrs.values():
+            if isinstance(value, gs.Graph):
+                read.extend(t for inner in walk_nodes(value) for t in inner.inputs)
+                read.extend(t for part in walk_graphs(value) for t in part.outputs)
+        producers = {position[id(p)] for t in read for p in t.inputs if id(p) in position}
+        producers.discard(i)
+        waiting[i] = len(producers)
+        for p in producers:
+            followers[p].append(i)
+    ready = [i for i, count in enumerate(waiting) if count == 0]
+    heapq.heapify(ready)
+    order: list[int] = []
+    while ready:
+        i = heapq.heappop(ready)
+        order.append(i)
+        for j in followers[i]:
+            waiting[j] -= 1
+            if waiting[j] == 0:
+                heapq.heappush(ready, j)
+    if len(order) != len(nodes):
+        stuck = next(nodes[i].name for i, count in enumerate(waiting) if count > 0)
+        raise ModelError(f"the graph has a cycle through node {stuck!r}; an ONNX graph must be acyclic")
+    graph.nodes = [nodes[i] for i in order]
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """A copy that shares only weights, which become read-only in both.
+
+    Nodes, tensors, attributes (nested graphs too) and the :class:`ModelInfo` dictionaries are new objects.
+    """
+    return _copy_graph(graph, {})
+
+
+def _copy_graph(graph: Graph, mapping: dict[int, gs.Tensor]) -> Graph:
+    def mapped(tensor: gs.Tensor) -> gs.Tensor:
+        twin = mapping.get(id(tensor))
+        if twin is None:
+            twin = mapping[id(tensor)] = _copy_tensor(tensor)
+        return twin
+
+    # Inputs first, then producers: a nested graph may read a tensor whose producer comes later in the list.
+    inputs = [mapped(t) for t in graph.inputs]
+    for node in graph.nodes:
+        for tensor in (*node.outputs, *node.inputs):
+            mapped(tensor)
+    nodes = [
+        gs.Node(
+            node.op,
+            node.name,
+            {name: _copy_attribute(value, mapping) for name, value in node.attrs.items()},
+            [mapped(t) for t in node.inputs],
+            [mapped(t) for t in node.outputs],
+            node.domain,
+        )
+        for node in graph.nodes
+    ]
+    twin = gs.Graph(
+        nodes=nodes,
+        inputs=inputs,
+        outputs=[mapped(t) for t in graph.outputs],
+        name=graph.name,
+        doc_string=graph.doc_string,
+        opset=graph.opset,
+        import_domains=copy.deepcopy(graph.import_domains) if graph.import_domains is not None else None,
+        producer_name=graph.producer_name,
+        producer_version=graph.producer_version,
+        functions=list(graph.functions),
+        ir_version=graph.ir_version,
+    )
+    if "onnxcompress_info" in graph.__dict__:
+        twin.__dict__["onnxcompress_info"] = model_info(graph).copy()
+    return twin
+
+
+def _copy_tensor(tensor: gs.Tensor) -> gs.Tensor:
+    if isinstance(tensor, gs.Constant):
+        values = tensor._values
+        if isinstance(values, np.ndarray):
+            values = _frozen(values)
+        return gs.Constant(tensor.name, values, tensor.data_location, tensor._export_dtype)
+    shape = list(tensor.shape) if tensor.shape is not None else None
+    return gs.Variable(tensor.name, tensor.dtype, shape, tensor.type)
+
+
+def _copy_attribute(value: Any, mapping: dict[int, gs.Tensor]) -> Any:
+    if isinstance(value, gs.Graph):
+        return _copy_graph(value, mapping)
+    if isinstance(value, gs.Tensor):
+        return _copy_tensor(value)
+    if isinstance(value, list | dict | np.ndarray):
+        return copy.deepcopy(value)
+    return value

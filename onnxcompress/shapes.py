@@ -1,0 +1,167 @@
+"""Shapes, multiply-accumulates and sizes of a graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxcompress.graph import Graph, attribute, copy_graph, normal_domain, walk_graphs
+from onnxcompress.proto import to_proto
+
+__all__ = ["GraphStats", "TensorType", "graph_stats", "infer_shapes", "node_macs"]
+
+Shape = tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """numpy dtype (None where ONNX Inference does not know it) and shape (None: unknown rank) of a tensor."""
+
+    dtype: np.dtype[Any] | None
+    shape: Shape | None
+
+
+@dataclass(frozen=True)
+class GraphStats:
+    """Size of a graph: nodes (nested graphs included), weights in elements and bytes, operators by type.
+
+    Bytes count each weight once, as it is stored, without the graph's structure.
+    """
+
+    nodes: int
+    parameters: int
+    weight_bytes: int
+    operators: dict[str, int]
+
+
+def graph_stats(graph: Graph) -> GraphStats:
+    """Count nodes, weights and operators; no shape inference, so cheap enough to run around every pass."""
+    operators: Counter[str] = Counter()
+    seen: set[int] = set()
+    parameters = stored = 0
+    for part in walk_graphs(graph):
+        for node in part.nodes:
+            operators[f"{normal_domain(node)}.{node.op}".lstrip(".")] += 1
+            constants = [t for t in node.inputs if isinstance(t, gs.Constant)]
+            constants += [v for v in node.attrs.values() if isinstance(v, gs.Constant)]
+            for constant in constants:
+                if id(constant) in seen:
+                    continue
+                seen.add(id(constant))
+                size = prod(constant.shape)
+                if _is_weight(constant):
+                    parameters += size
+                stored += size * _itemsize(constant.dtype)
+    return GraphStats(sum(operators.values()), parameters, stored, dict(sorted(operators.items())))
+
+
+def _is_weight(constant: gs.Constant) -> bool:
+    """int64 constants are shapes and indices, not parameters."""
+    return bool(constant.dtype != np.int64)
+
+
+def _itemsize(dtype: Any) -> int:
+    if isinstance(dtype, int):
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
+    return int(np.dtype(dtype).itemsize)
+
+
+def infer_shapes(graph: Graph, input_shapes: Mapping[str, Shape] | None = None) -> dict[str, TensorType]:
+    """Types and shapes of the tensors of the outermost graph by ONNX shape inference.
+
+    ``input_shapes`` replaces the declared shapes of graph inputs, for example by those of a real batch. Weights are
+    not copied. Tensors that inference says nothing about are left out.
+    """
+    if input_shapes:
+        graph = copy_graph(graph)
+        for tensor in graph.inputs:
+            if tensor.name in input_shapes:
+                tensor.shape = list(input_shapes[tensor.name])
+        for node in graph.nodes:  # declared shapes of inner tensors may contradict the new ones
+            for tensor in node.outputs:
+                if isinstance(tensor, gs.Variable):
+                    tensor.shape = None
+        for tensor in graph.outputs:
+            tensor.shape = None
+    model = to_proto(graph, weights="omit")
+    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    types: dict[str, TensorType] = {}
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        if not value.type.HasField("tensor_type"):
+            continue
+        tensor_type = value.type.tensor_type
+        dtype = None
+        if tensor_type.elem_type:
+            dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor_type.elem_type))
+        shape: Shape | None = None
+        if tensor_type.HasField("shape"):
+            shape = tuple(_dimension(d) for d in tensor_type.shape.dim)
+        types[value.name] = TensorType(dtype, shape)
+    for initializer in model.graph.initializer:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type))
+        types[initializer.name] = TensorType(dtype, tuple(initializer.dims))
+    return types
+
+
+def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value)
+    return dim.dim_param or None
+
+
+def node_macs(graph: Graph, types: Mapping[str, TensorType]) -> dict[str, int]:
+    """Multiply-accumulates by node name for Conv, ConvTranspose, Gemm and MatMul of the outermost graph.
+
+    Symbolic dimensions (the batch, as a rule) count as one, so the figure is per sample where only the batch is
+    symbolic. Nodes whose shapes are unknown are left out.
+    """
+    macs: dict[str, int] = {}
+    for node in graph.nodes:
+        if normal_domain(node) != "":
+            continue
+        count = _MACS[node.op](node, types) if node.op in _MACS else None
+        if count is not None:
+            macs[node.name] = count
+    return macs
+
+
+def _sizes(tensor: gs.Tensor, types: Mapping[str, TensorType]) -> list[int] | None:
+    shape = tensor.shape if isinstance(tensor, gs.Constant) else None
+    if shape is None:
+        known = types.get(tensor.name)
+        shape = known.shape if known is not None else None
+    if shape is None:
+        return None
+    return [d if isinstance(d, int) else 1 for d in shape]
+
+
+def _conv_macs(node: gs.Node, types: Mapping[str, TensorType]) -> int | None:
+    out, weight = _sizes(node.outputs[0], types), _sizes(node.inputs[1], types)
+    return None if out is None or weight is None else prod(out) * prod(weight[1:])
+
+
+def _conv_transpose_macs(node: gs.Node, types: Mapping[str, TensorType]) -> int | None:
+    data, weight = _sizes(node.inputs[0], types), _sizes(node.inputs[1], types)
+    return None if data is None or weight is None else prod(data) * prod(weight[1:])
+
+
+def _gemm_macs(node: gs.Node, types: Mapping[str, TensorType]) -> int | None:
+    out, a = _sizes(node.outputs[0], types), _sizes(node.inputs[0], types)
+    if out is None or a is None or len(a) != 2:
+        return None
+    return prod(out) * a[0 if attribute(node, "transA", 0) else 1]
+
+
+def _matmul_macs(node: gs.Node, types: Mapping[str, TensorType]) -> int | None:
+    out, a = _sizes(node.outputs[0], types), _sizes(node.inputs[0], types)
+    return None if out is None or not a else prod(out) * a[-1]
+
+
+_MACS = {"Conv": _conv_macs, "ConvTranspose": _conv_transpose_macs, "Gemm": _gemm_macs, "MatMul": _matmul_macs}
