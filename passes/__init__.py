@@ -1,0 +1,71 @@
+"""The passes, one file each, named by the field's term; the file's name is the recipe key and the command.
+
+The registry is written by hand: a pass exists because it is listed here, not because a file lies in a folder. It holds
+names and one-line summaries only, so listing the passes imports none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from onnxcompress.errors import UsageError
+
+if TYPE_CHECKING:
+    from onnxcompress.base import Pass
+
+__all__ = ["PASSES", "PassEntry", "load_pass"]
+
+
+@dataclass(frozen=True)
+class PassEntry:
+    """Where a pass is defined and what it does in one line."""
+
+    module: str
+    cls: str
+    summary: str
+
+
+PASSES: Mapping[str, PassEntry] = MappingProxyType(
+    {
+        "fold_constants": PassEntry(
+            "onnxcompress.passes.fold_constants",
+            "FoldConstants",
+            "Replace what does not depend on the inputs by constants.",
+        ),
+        "eliminate_dead_nodes": PassEntry(
+            "onnxcompress.passes.eliminate_dead_nodes",
+            "EliminateDeadNodes",
+            "Remove nodes and weights without effect on the outputs.",
+        ),
+        "fold_batch_norm": PassEntry(
+            "onnxcompress.passes.fold_batch_norm",
+            "FoldBatchNorm",
+            "Fold BatchNormalization and constant scales into Conv, Gemm and MatMul.",
+        ),
+        "insert_qdq": PassEntry(
+            "onnxcompress.passes.insert_qdq",
+            "InsertQdq",
+            "Static INT8 quantisation by QuantizeLinear/DequantizeLinear pairs.",
+        ),
+    }
+)
+
+
+def load_pass(name: str) -> type[Pass]:
+    """The class of the pass ``name``; dashes stand for underscores.
+
+    Raises:
+        UsageError: no such pass is registered.
+    """
+    entry = PASSES.get(name.replace("-", "_"))
+    if entry is None:
+        close = get_close_matches(name.replace("-", "_"), PASSES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known passes: {', '.join(PASSES)}"
+        raise UsageError(f"unknown pass {name!r}{hint}")
+    cls: type[Pass] = getattr(import_module(entry.module), entry.cls)
+    return cls

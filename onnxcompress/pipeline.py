@@ -1,0 +1,115 @@
+"""An ordered sequence of passes that is itself a pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field, SerializeAsAny
+
+from onnxcompress.base import Change, Context, Decision, Guarantee, Pass, PassReport, PassResult, Refusal
+from onnxcompress.errors import OnnxCompressError
+from onnxcompress.graph import Graph, copy_graph
+from onnxcompress.shapes import graph_stats
+
+__all__ = ["Kept", "Pipeline", "compose_kept"]
+
+Kept = dict[str, tuple[int, tuple[int, ...]]]
+
+_WEAKNESS = {Guarantee.EXACT: 0, Guarantee.EQUIVALENT: 1, Guarantee.APPROXIMATE: 2}
+
+
+class Pipeline(Pass):
+    """Run ``passes`` in order, each on the result of the one before.
+
+    The report holds the reports of the passes as ``children``; its changes, refusals and warnings are theirs in order.
+    A decision of the pass at position ``i`` is found under ``passes[i].name.option``.
+    """
+
+    name: ClassVar[str] = "pipeline"
+
+    passes: tuple[SerializeAsAny[Pass], ...] = Field(description="the passes in the order in which they run")
+
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        super().__init__(passes=tuple(passes))  # type: ignore[call-arg] # the base has no fields
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """The weakest guarantee of the passes; an empty pipeline is exact."""
+        return max((p.guarantee for p in self.passes), key=_WEAKNESS.__getitem__, default=Guarantee.EXACT)
+
+    @property
+    def needs_data(self) -> bool:
+        """True where any of the passes reads calibration data."""
+        return any(p.needs_data for p in self.passes)
+
+    def __call__(self, graph: Graph, context: Context | None = None) -> PassResult:
+        """Run the passes; ``graph`` is not changed.
+
+        The checks of the template run within each pass, so the pipeline adds only the composition of what they report.
+        ``context.original`` is set to ``graph`` where it is None.
+        """
+        context = context if context is not None else Context()
+        if context.original is None:
+            context.original = graph
+        start = time.perf_counter()
+        before = graph_stats(graph)
+        reports: list[PassReport] = []
+        kept: Kept = {}
+        for number, step in enumerate(self.passes, start=1):
+            description = f"{step.name} ({number}/{len(self.passes)})"
+            for running in context.progress.track((step,), description, 1):
+                result = running(graph, context)
+            graph = result.graph
+            reports.append(result.report)
+            kept = compose_kept(kept, result.kept)
+        if not self.passes:
+            graph = copy_graph(graph)
+        return PassResult(graph, self._report(reports, before, graph, time.perf_counter() - start), kept)
+
+    def _report(self, reports: list[PassReport], before: Any, graph: Graph, seconds: float) -> PassReport:
+        return PassReport(
+            name=self.name,
+            options={},
+            changes=tuple(change for report in reports for change in report.changes),
+            refusals=tuple(refusal for report in reports for refusal in report.refusals),
+            decisions={
+                f"passes[{i}].{report.name}.{option}": value
+                for i, report in enumerate(reports)
+                for option, value in report.decisions.items()
+            },
+            before=before,
+            after=graph_stats(graph),
+            seconds=seconds,
+            warnings=tuple(dict.fromkeys(warning for report in reports for warning in report.warnings)),
+            children=tuple(reports),
+        )
+
+    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision]:
+        """Run the passes on ``graph`` itself, for callers that hold a graph of their own."""
+        result = self(graph, context)
+        graph.__dict__.update(result.graph.__dict__)  # nodes, inputs, outputs, opset and what travels beside them
+        yield from result.report.changes
+        yield from result.report.refusals
+        yield from (Decision(option, value) for option, value in result.report.decisions.items())
+
+
+def compose_kept(first: Kept, second: Kept) -> Kept:
+    """What two removals in a row keep: ``second`` counts positions in what ``first`` left.
+
+    Raises:
+        OnnxCompressError: both cut the same tensor along different axes, which one map cannot say.
+    """
+    composed = dict(first)
+    for name, (axis, indices) in second.items():
+        if name not in first:
+            composed[name] = (axis, indices)
+            continue
+        old_axis, old = first[name]
+        if old_axis != axis:
+            raise OnnxCompressError(
+                f"tensor {name!r} was cut along axis {old_axis} and then along axis {axis}; a kept map holds one axis each"
+            )
+        composed[name] = (axis, tuple(old[i] for i in indices))
+    return composed

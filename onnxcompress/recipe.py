@@ -1,0 +1,305 @@
+"""Recipes: YAML <-> a pipeline with its target.
+
+::
+
+    version: 1
+    target: cpu
+    seed: 0                             # optional
+    passes:                             # a list, so order is meaning and a pass may repeat
+      - fold_batch_norm: {}
+      - insert_qdq: {observer: minmax}
+
+A pass without options may be written as a bare name. Everything that can be wrong with a recipe is found here, before
+any data is read, and told in one line with the file, the line and the position (``passes[1].insert_qdq.observer``).
+A recipe is data from outside: the safe loader, no anchors or aliases, no repeated keys, a limit on its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from onnxcompress.errors import RecipeError, UsageError
+from onnxcompress.passes import PASSES, load_pass
+
+if TYPE_CHECKING:
+    import os
+
+    from onnxcompress.base import Pass, PassReport
+    from onnxcompress.pipeline import Pipeline
+
+__all__ = ["RECIPES", "Recipe", "load_recipe", "option_error", "parse_recipe", "with_decisions"]
+
+#: named recipes and what they do; the files lie in ``onnxcompress/recipes``
+RECIPES: Mapping[str, str] = {
+    "int8": "fold, then static INT8 for the target; needs calibration data",
+    "lossless": "fold and clean without changing the outputs; needs no data",
+}
+
+#: bytes; a recipe of a hundred passes with decisions is far below
+SIZE_LIMIT = 1 << 20
+
+_KEYS = ("version", "target", "seed", "passes")
+_Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Passes in order, the target that they compress for, and the seed of everything random (None: the caller's)."""
+
+    passes: tuple[Pass, ...]
+    target: str = "cpu"
+    seed: int | None = None
+    version: int = 1
+    #: what the recipe was loaded from, for messages; no part of the recipe
+    source: str = field(default="recipe", compare=False)
+
+    def pipeline(self) -> Pipeline:
+        """The passes as one pass."""
+        from onnxcompress.pipeline import Pipeline
+
+        return Pipeline(self.passes)
+
+    @property
+    def needs_data(self) -> bool:
+        """True where a pass reads calibration data."""
+        return any(p.needs_data for p in self.passes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data: what :meth:`to_yaml` writes. Options at their default are left out."""
+        head: dict[str, Any] = {"version": self.version, "target": self.target}
+        if self.seed is not None:
+            head["seed"] = self.seed
+        passes = [{p.name: p.model_dump(mode="json", exclude_defaults=True)} for p in self.passes]
+        return {**head, "passes": passes}
+
+    def to_yaml(self) -> str:
+        """YAML that :func:`parse_recipe` reads back to an equal recipe; the same recipe gives the same text."""
+        text: str = yaml.dump(
+            self.to_dict(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
+        )
+        return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Never writes anchors: the reader refuses them."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses anchors and aliases: with them a small file can stand for a huge one."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "anchor", None) is not None:
+            raise yaml.composer.ComposerError(
+                None, None, "anchors and aliases are not used in recipes", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+def load_recipe(source: str | os.PathLike[str] | Recipe) -> Recipe:
+    """The named recipe or the recipe file ``source``; write ``./int8`` for a file with the name of a recipe.
+
+    Raises:
+        RecipeError: there is neither, or the recipe is malformed.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, str) and source in RECIPES:
+        text = (resources.files("onnxcompress") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
+        return parse_recipe(text, source)
+    path = Path(source)
+    if not path.is_file():
+        close = get_close_matches(str(source), RECIPES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"named recipes: {', '.join(RECIPES)}"
+        raise RecipeError(f"no recipe named {str(source)!r} and no such file; {hint}")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(SIZE_LIMIT + 1)
+        if len(raw) > SIZE_LIMIT:
+            raise RecipeError(f"{path}: the file is larger than the {SIZE_LIMIT} bytes that a recipe may have")
+        text = raw.decode("utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8 text; a recipe is a YAML file") from error
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, source: str = "recipe") -> Recipe:
+    """The recipe written in ``text``; ``source`` names it in messages.
+
+    Raises:
+        RecipeError: the text is no YAML or no recipe.
+    """
+    if len(text) > SIZE_LIMIT:
+        raise RecipeError(f"{source}: longer than the {SIZE_LIMIT} characters that a recipe may have")
+    document = _Document(source)
+    data = document.read(text)
+    if not isinstance(data, dict):
+        raise document.error((), "expected a mapping with the keys version, target and passes")
+    for key in data:
+        if key not in _KEYS:
+            raise document.error((key,), f"unknown key{_did_you_mean(key, _KEYS)}")
+    if "version" not in data:
+        raise document.error((), "the key 'version' is missing; write: version: 1")
+    if data["version"] != 1 or isinstance(data["version"], bool):
+        raise document.error(("version",), f"found {data['version']!r}; this release reads version 1")
+    target = data.get("target", "cpu")
+    if not isinstance(target, str):
+        raise document.error(("target",), f"expected a name, found {target!r}")
+    _check_target(document, target)
+    seed = data.get("seed")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise document.error(("seed",), f"expected an integer >= 0, found {seed!r}")
+    entries = data.get("passes")
+    if not isinstance(entries, list) or not entries:
+        raise document.error(("passes",), "expected a list of passes, each `name: {options}` or a bare name")
+    passes = tuple(_read_pass(document, i, entry) for i, entry in enumerate(entries))
+    return Recipe(passes, target, seed, 1, source)
+
+
+def with_decisions(recipe: Recipe, report: PassReport) -> Recipe:
+    """``recipe`` with what was decided by measuring written into the options, so that a replay repeats it.
+
+    ``report`` is the report of ``recipe.pipeline()`` on some model.
+    """
+    if len(report.children) != len(recipe.passes):
+        raise UsageError(
+            f"the report has {len(report.children)} passes and the recipe {len(recipe.passes)}; give this recipe's report"
+        )
+    passes = []
+    for step, child in zip(recipe.passes, report.children, strict=True):
+        options = {**step.model_dump(mode="json", exclude_defaults=True), **child.decisions}
+        passes.append(type(step).model_validate(options) if child.decisions else step)
+    return replace(recipe, passes=tuple(passes))
+
+
+def option_error(error: ValidationError, cls: type[Pass]) -> tuple[_Path, str]:
+    """Where the first error lies in the options of ``cls``, and what is wrong, in one line."""
+    first = error.errors(include_url=False)[0]
+    path: _Path = tuple(first["loc"])
+    if first["type"] == "extra_forbidden" and len(path) == 1:
+        text = f"unknown option{_did_you_mean(str(path[0]), tuple(cls.model_fields))}"
+    else:
+        message = str(first["msg"])
+        text = " ".join(f"{message[:1].lower()}{message[1:]}".split())
+        if first["type"] != "missing":
+            text += f", found {_short(first['input'])}"
+    return path, text
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_target(document: _Document, target: str) -> None:
+    from onnxcompress.targets import get_target
+
+    try:
+        get_target(target)
+    except UsageError as error:
+        raise document.error(("target",), str(error)) from error
+
+
+def _read_pass(document: _Document, index: int, entry: Any) -> Pass:
+    where: _Path = ("passes", index)
+    if isinstance(entry, str):
+        entry = {entry: None}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise document.error(where, f"expected one `name: {{options}}` or a bare name, found {_short(entry)}")
+    name, options = next(iter(entry.items()))
+    if name not in PASSES:
+        raise document.error((*where, name), f"unknown pass{_did_you_mean(name, tuple(PASSES))}")
+    where = (*where, name)
+    if options is None:
+        options = {}
+    if not isinstance(options, dict):
+        raise document.error(where, f"expected a mapping of options, found {_short(options)}")
+    cls: type[Pass] = load_pass(name)
+    try:
+        return cls.model_validate(options)
+    except ValidationError as error:
+        path, text = option_error(error, cls)
+        raise document.error((*where, *path), text) from error
+
+
+def _did_you_mean(found: str, known: Sequence[str]) -> str:
+    close = get_close_matches(found, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; expected one of {', '.join(known)}" if known else "; there are none"
+
+
+class _Document:
+    """A YAML text read into plain data, which remembers the line of every position for messages."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._lines: dict[_Path, int] = {}
+
+    def read(self, text: str) -> Any:
+        loader = None
+        try:
+            loader = _Loader(text)
+            node = loader.get_single_node()
+            return None if node is None else self._value(loader, node, ())
+        except RecursionError as error:
+            raise RecipeError(f"{self.source}: nested too deeply for a recipe") from error
+        except yaml.MarkedYAMLError as error:
+            line = f":{error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+            problem = " ".join(str(error.problem or error.context).split())
+            raise RecipeError(f"{self.source}{line}: not valid YAML: {problem}") from error
+        except (yaml.YAMLError, ValueError) as error:
+            raise RecipeError(f"{self.source}: not valid YAML: {' '.join(str(error).split())}") from error
+        finally:
+            if loader is not None:
+                loader.dispose()
+
+    def error(self, path: _Path, text: str) -> RecipeError:
+        """An error at ``path``; the line is that of the nearest position that exists in the file."""
+        known = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in self._lines), None)
+        line = f":{self._lines[known]}" if known is not None else ""
+        where = f"{_dotted(path)}: " if path else ""
+        return RecipeError(f"{self.source}{line}: {where}{text}")
+
+    def _value(self, loader: yaml.SafeLoader, node: yaml.Node, path: _Path) -> Any:
+        self._lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.SequenceNode):
+            self._plain(node, "seq", path)
+            return [self._value(loader, item, (*path, i)) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            self._plain(node, "map", path)
+            mapping: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+                if not isinstance(key, str):
+                    raise self.error(path, f"keys are names, found {_short(key_node.value)}")
+                self._lines[(*path, key)] = key_node.start_mark.line + 1
+                if key in mapping:
+                    raise self.error((*path, key), "the key is written twice; keep one")
+                mapping[key] = self._value(loader, value_node, (*path, key))
+            return mapping
+        return loader.construct_object(node)
+
+    def _plain(self, node: yaml.Node, kind: str, path: _Path) -> None:
+        if node.tag != f"tag:yaml.org,2002:{kind}":
+            raise self.error(path, f"the YAML tag {node.tag!r} is not used in recipes")
+
+
+def _dotted(path: _Path) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
