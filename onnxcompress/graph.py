@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import copy
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -40,13 +40,14 @@ __all__ = [
     "normal_domain",
     "redirect",
     "remove_node",
+    "remove_nodes",
     "set_constant",
     "sort_nodes",
     "walk_graphs",
     "walk_nodes",
 ]
 
-Graph = gs.Graph
+Graph: TypeAlias = gs.Graph
 
 
 @dataclass
@@ -70,7 +71,9 @@ class ModelInfo:
 
     def copy(self) -> ModelInfo:
         """A copy whose dictionaries can be changed without changing this one."""
-        return ModelInfo(dict(self.metadata), self.keepsake, dict(self.defaults), self.source_sha256, self.external_data)
+        return ModelInfo(
+            dict(self.metadata), self.keepsake, dict(self.defaults), self.source_sha256, self.external_data
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def model_info(graph: Graph) -> ModelInfo:
     info = graph.__dict__.get("onnxcompress_info")
     if info is None:
         info = graph.__dict__["onnxcompress_info"] = ModelInfo()
-    return info
+    return info  # type: ignore[no-any-return]
 
 
 def input_specs(graph: Graph) -> list[InputSpec]:
@@ -128,9 +131,7 @@ def walk_graphs(graph: Graph) -> Iterator[Graph]:
         current = queue.pop()
         yield current
         for node in current.nodes:
-            for value in node.attrs.values():
-                if isinstance(value, gs.Graph):
-                    queue.append(value)
+            queue.extend(value for value in node.attrs.values() if isinstance(value, gs.Graph))
 
 
 def walk_nodes(graph: Graph) -> Iterator[gs.Node]:
@@ -140,7 +141,7 @@ def walk_nodes(graph: Graph) -> Iterator[gs.Node]:
 
 
 def graph_output_ids(graph: Graph) -> set[int]:
-    """``id()`` of every tensor that leaves ``graph`` or a graph nested in it; ``len(tensor.outputs)`` leaves them out."""
+    """``id()`` of every tensor that leaves ``graph`` or a nested graph; ``len(tensor.outputs)`` omits these."""
     return {id(tensor) for part in walk_graphs(graph) for tensor in part.outputs}
 
 
@@ -155,7 +156,12 @@ def attribute(node: gs.Node, name: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
-_CONSTANT_SCALARS = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+_CONSTANT_SCALARS = {
+    "value_int": np.int64,
+    "value_ints": np.int64,
+    "value_float": np.float32,
+    "value_floats": np.float32,
+}
 
 
 def constant_value(tensor: gs.Tensor) -> NDArray[Any] | None:
@@ -255,6 +261,26 @@ def remove_node(node: gs.Node) -> None:
     """
     node.inputs.clear()
     node.outputs.clear()
+
+
+def remove_nodes(graph: Graph, nodes: Iterable[gs.Node]) -> None:
+    """Detach ``nodes`` from their tensors and drop them from ``graph`` and the graphs nested in it.
+
+    All at once, because graphsurgeon searches a tensor's whole list of consumers for each node that is detached: a
+    constant that 20,000 nodes read would make that quadratic.
+    """
+    doomed = {id(node): node for node in nodes}
+    if not doomed:
+        return
+    for end, opposite in (("inputs", "outputs"), ("outputs", "inputs")):
+        touched = {id(t): t for node in doomed.values() for t in getattr(node, end)}
+        for tensor in touched.values():
+            links = getattr(tensor, opposite)
+            list.__setitem__(links, slice(None), [n for n in links if id(n) not in doomed])
+        for node in doomed.values():
+            list.clear(getattr(node, end))
+    for part in list(walk_graphs(graph)):
+        part.nodes = [n for n in part.nodes if id(n) not in doomed]
 
 
 def sort_nodes(graph: Graph) -> None:

@@ -76,10 +76,11 @@ def _itemsize(dtype: Any) -> int:
 def infer_shapes(graph: Graph, input_shapes: Mapping[str, Shape] | None = None) -> dict[str, TensorType]:
     """Types and shapes of the tensors of the outermost graph by ONNX shape inference.
 
-    ``input_shapes`` replaces the declared shapes of graph inputs, for example by those of a real batch. Weights are
+    ``input_shapes`` replaces the declared shapes of graph inputs, for example by those of a real batch. Where it is
+    given, be it empty, the shapes that the file declares for all other tensors are not believed. Weights are
     not copied. Tensors that inference says nothing about are left out.
     """
-    if input_shapes:
+    if input_shapes is not None:
         graph = copy_graph(graph)
         for tensor in graph.inputs:
             if tensor.name in input_shapes:
@@ -88,8 +89,10 @@ def infer_shapes(graph: Graph, input_shapes: Mapping[str, Shape] | None = None) 
             for tensor in node.outputs:
                 if isinstance(tensor, gs.Variable):
                     tensor.shape = None
+        given = {id(tensor) for tensor in graph.inputs}
         for tensor in graph.outputs:
-            tensor.shape = None
+            if isinstance(tensor, gs.Variable) and id(tensor) not in given:
+                tensor.shape = None
     model = to_proto(graph, weights="omit")
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     types: dict[str, TensorType] = {}
