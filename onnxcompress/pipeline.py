@@ -109,7 +109,7 @@ def compose_kept(first: Kept, second: Kept) -> Kept:
         old_axis, old = first[name]
         if old_axis != axis:
             raise OnnxCompressError(
-                f"tensor {name!r} was cut along axis {old_axis} and then along axis {axis}; a kept map holds one axis each"
+                f"tensor {name!r} was cut along axis {old_axis} and then along axis {axis}; a kept map holds one axis"
             )
         composed[name] = (axis, tuple(old[i] for i in indices))
     return composed

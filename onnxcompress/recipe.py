@@ -35,7 +35,16 @@ if TYPE_CHECKING:
     from onnxcompress.base import Pass, PassReport
     from onnxcompress.pipeline import Pipeline
 
-__all__ = ["RECIPES", "Recipe", "load_recipe", "option_error", "parse_recipe", "with_decisions"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "load_recipe",
+    "option_error",
+    "parse_recipe",
+    "parse_yaml",
+    "with_decisions",
+    "with_exclusions",
+]
 
 #: named recipes and what they do; the files lie in ``onnxcompress/recipes``
 RECIPES: Mapping[str, str] = {
@@ -169,6 +178,15 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
     return Recipe(passes, target, seed, 1, source)
 
 
+def parse_yaml(text: str, source: str) -> Any:
+    """Plain data from ``text``, read as carefully as a recipe; ``source`` names it in messages.
+
+    Raises:
+        RecipeError: the text is no plain YAML.
+    """
+    return _Document(source).read(text)
+
+
 def with_decisions(recipe: Recipe, report: PassReport) -> Recipe:
     """``recipe`` with what was decided by measuring written into the options, so that a replay repeats it.
 
@@ -176,12 +194,32 @@ def with_decisions(recipe: Recipe, report: PassReport) -> Recipe:
     """
     if len(report.children) != len(recipe.passes):
         raise UsageError(
-            f"the report has {len(report.children)} passes and the recipe {len(recipe.passes)}; give this recipe's report"
+            f"the report has {len(report.children)} passes and the recipe {len(recipe.passes)}; give the recipe's own"
         )
     passes = []
     for step, child in zip(recipe.passes, report.children, strict=True):
         options = {**step.model_dump(mode="json", exclude_defaults=True), **child.decisions}
         passes.append(type(step).model_validate(options) if child.decisions else step)
+    return replace(recipe, passes=tuple(passes))
+
+
+def with_exclusions(recipe: Recipe, exclude: Sequence[str]) -> Recipe:
+    """``recipe`` with ``exclude`` added to the option of that name of every pass that has one.
+
+    Raises:
+        UsageError: no pass of the recipe can exclude operators.
+    """
+    if not exclude:
+        return recipe
+    if not any("exclude" in type(p).model_fields for p in recipe.passes):
+        raise UsageError(f"recipe {recipe.source!r} has no pass that can exclude operators; drop --exclude")
+    passes = []
+    for step in recipe.passes:
+        if "exclude" in type(step).model_fields:
+            options = step.model_dump(mode="json", exclude_defaults=True)
+            options["exclude"] = list(dict.fromkeys([*options.get("exclude", []), *exclude]))
+            step = type(step).model_validate(options)
+        passes.append(step)
     return replace(recipe, passes=tuple(passes))
 
 

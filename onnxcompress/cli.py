@@ -1,0 +1,657 @@
+"""The command line: parse, call the API, print, return a status.
+
+Only click is imported up here. ``--help`` and a mistyped option must answer at once, so whatever reads a model is
+imported by the command that needs it, and the list of passes comes from a table that imports none of them.
+
+Exit codes: 0 done; 1 internal error; 2 usage or bad data; 3 invalid or unsafe model; 4 accuracy budget missed;
+5 slower than allowed; 6 runtime or provider unavailable; 7 resource limit; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from onnxcompress.errors import AccuracyError, OnnxCompressError, ResourceError, UsageError
+from onnxcompress.passes import PASSES, load_pass
+from onnxcompress.version import __version__
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from rich.console import Console
+
+    from onnxcompress.base import Pass, Progress
+    from onnxcompress.compress import CompressResult
+
+__all__ = ["cli", "main"]
+
+INTERRUPTED = 130
+
+#: errors of the operating system that mean that something ran out
+_EXHAUSTED = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+class Terminal:
+    """Where a command's words go: results to stdout, everything else to stderr; with ``--json`` only JSON to stdout."""
+
+    def __init__(self) -> None:
+        self.debug = False
+        self.json = False
+        self.quiet = False
+        self._answered = False
+        self._progress: Progress | None = None
+
+    @cached_property
+    def human(self) -> Console:
+        """The console for tables: stdout, or stderr where stdout belongs to JSON."""
+        return _console(stderr=self.json, quiet=self.quiet)
+
+    @cached_property
+    def notes(self) -> Console:
+        """The console for warnings and progress: stderr, also with ``--quiet``."""
+        return _console(stderr=True)
+
+    @property
+    def progress(self) -> Progress:
+        """Bars on stderr where that is a terminal."""
+        if self._progress is None:
+            from onnxcompress.progress import make_progress
+
+            self._progress = make_progress(self.notes, quiet=self.quiet or self.json)
+        return self._progress
+
+    def result(self, data: Any) -> None:
+        """Print ``data`` as JSON where that was asked for."""
+        if self.json:
+            from onnxcompress.report import to_json
+
+            click.echo(to_json(data))
+            self._answered = True
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Print warnings that no table shows."""
+        from onnxcompress.report import print_warnings
+
+        print_warnings(self.notes, warnings)
+
+    def error(self, message: str, code: int, kind: str) -> None:
+        """Print one line; with ``--json`` also an object where there was no answer yet, so that it is never empty."""
+        click.echo(f"error: {_one_line(message)}", err=True)
+        if self.json and not self._answered:
+            from onnxcompress.report import SCHEMA, to_json
+
+            click.echo(to_json({"schema": SCHEMA, "error": {"type": kind, "message": message, "exit_code": code}}))
+
+    def close(self) -> None:
+        """Clear what is drawn of the progress."""
+        close = getattr(self._progress, "close", None)
+        if close is not None:
+            close()
+
+
+def _console(*, stderr: bool, quiet: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr, quiet=quiet, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 160  # a pipe has no width; rich would fold tables at 80
+    return console
+
+
+def _one_line(text: str) -> str:
+    joined = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in joined)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The group: errors become exit codes, passes become commands
+
+
+class _Group(click.Group):
+    """The top-level command."""
+
+    def main(self, args: Any = None, prog_name: str | None = None, *more: Any, **extra: Any) -> NoReturn:
+        """Run the command line ``args`` and exit with its status."""
+        terminal = extra.setdefault("obj", None) or Terminal()
+        extra["obj"] = terminal
+        extra["standalone_mode"] = False
+        try:
+            status = super().main(args, prog_name or "onnxcompress", *more, **extra)
+            sys.stdout.flush()
+        except BaseException as error:
+            status = _status(error, terminal)
+        finally:
+            terminal.close()
+        sys.exit(status if isinstance(status, int) else 0)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *PASSES]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        command = super().get_command(ctx, cmd_name)
+        if command is None and cmd_name.replace("-", "_") in PASSES:
+            command = _pass_command(cmd_name.replace("-", "_"))
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0].replace("-", "_"), self.list_commands(ctx), n=1)
+            if not close:
+                raise
+            raise click.UsageError(f"no such command {args[0]!r}; did you mean {close[0]!r}?", ctx) from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        own = super().list_commands(ctx)
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.commands[name].get_short_help_str(100)) for name in own])
+        with formatter.section("Passes, one at a time"):
+            formatter.write_dl([(name, entry.summary) for name, entry in PASSES.items()])
+
+
+def _status(error: BaseException, terminal: Terminal) -> int:
+    """The exit code for ``error``, which is told in one line; a traceback only with ``--debug``."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
+        terminal.close()
+        terminal.error("interrupted; nothing was left half-written", INTERRUPTED, "Interrupted")
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        # The reader has gone, which is no error of ours; nothing more may be written, not even by the interpreter.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if terminal.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    kind, code, message = type(error).__name__, 1, str(error)
+    if isinstance(error, OnnxCompressError):
+        code = error.exit_code
+    elif isinstance(error, MemoryError):
+        code, message = ResourceError.exit_code, "memory ran out; try a smaller --batch or fewer --samples"
+    elif isinstance(error, OSError) and error.errno in _EXHAUSTED:
+        code, message = ResourceError.exit_code, f"{error.strerror}; free some and run again"
+    else:
+        hint = "" if terminal.debug else "; run again with --debug for the traceback"
+        message = f"{kind}: {message}: this is a bug in onnxcompress, please report it{hint}"
+    terminal.error(message, code, kind)
+    return code
+
+
+def main() -> NoReturn:
+    """The console script."""
+    # A polite kill cleans up as Ctrl-C does: what is half-written goes away.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    cli.main()
+
+
+def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def callback(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            setattr(ctx.ensure_object(Terminal), name, True)
+
+    return callback
+
+
+def _flag(name: str, help_text: str) -> Callable[[Any], Any]:
+    return click.option(
+        f"--{name}", is_flag=True, expose_value=False, is_eager=True, callback=_set(name), help=help_text
+    )
+
+
+def _debug(command: Any) -> Any:
+    return _flag("debug", "Show the traceback of an error.")(command)
+
+
+def _output_options(command: Any) -> Any:
+    command = _debug(command)
+    command = _flag("quiet", "Print errors and warnings only.")(command)
+    return _flag("json", "Print one JSON object on stdout and everything else on stderr.")(command)
+
+
+_MODEL = click.Path(dir_okay=False, path_type=str)
+_FILE = click.Path(dir_okay=False, path_type=str)
+pass_terminal = click.make_pass_decorator(Terminal, ensure=True)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "--version", prog_name="onnxcompress")
+@_debug
+def cli() -> None:
+    """ONNX in, a smaller and faster ONNX out, with proof.
+
+    onnxcompress compress model.onnx --data samples.npz -o small.onnx
+    """
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options that commands share
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+_data_options = _options(
+    click.option(
+        "--data",
+        metavar="DATA",
+        help="Samples: .npz, .npy, a folder of either, a folder of images (with --preprocess), or file.py:function.",
+    ),
+    click.option(
+        "--preprocess",
+        metavar="KEY=VALUE,...",
+        help="How images become arrays, e.g. size=256,crop=224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225.",
+    ),
+    click.option("--batch", type=click.IntRange(1), metavar="N", help="Samples a batch; default: as the data comes."),
+    click.option("--samples", type=click.IntRange(1), metavar="N", help="Read at most N samples of --data."),
+    click.option("--seed", type=click.IntRange(0), metavar="N", help="Seed of everything random; default 0."),
+    click.option(
+        "--threads", type=click.IntRange(0), default=0, metavar="N", help="Threads to run with; 0: the runtime chooses."
+    ),
+)
+
+_judge_options = _options(
+    click.option(
+        "--eval-data", metavar="DATA", help="Samples, with or without labels, to judge by; default: a tenth of --data."
+    ),
+    click.option("--target", metavar="NAME", help="What to compress for; default: the recipe's target, or cpu."),
+    click.option("--random-data", is_flag=True, help="Calibrate on random data: the accuracy is then unknown."),
+    click.option("--force", is_flag=True, help="Write the result although it misses a budget."),
+    click.option(
+        "--report", metavar="FILE", type=_FILE, help="Write the full report as JSON: every change and refusal."
+    ),
+)
+
+_output_option = click.option(
+    "-o", "--output", required=True, metavar="OUT", type=_FILE, help="File to write; never the model itself."
+)
+
+
+def _preprocess(text: str | None) -> Any:
+    if text is None:
+        return None
+    from onnxcompress.data import Preprocess
+
+    return Preprocess.parse(text)
+
+
+def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> None:
+    """Print and write what there is to tell, then raise the budget that was missed."""
+    from onnxcompress.report import compress_report, print_compress, to_json, write_text
+
+    full = compress_report(result) if terminal.json or report is not None else None
+    if report is not None:
+        write_text(report, to_json(full) + "\n")
+    if terminal.quiet:
+        terminal.warn(result.warnings)
+    print_compress(terminal.human, result)
+    terminal.result(full)
+    if result.failure is not None:
+        raise result.failure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+@cli.command(short_help="Compress a model: passes, proof of accuracy, proof of speed.")
+@click.argument("model", type=_MODEL)
+@_output_option
+@_data_options
+@_judge_options
+@click.option(
+    "--recipe", default="int8", show_default=True, metavar="NAME|FILE", help="int8, lossless, or a YAML file."
+)
+@click.option("--evaluate", metavar="FILE.py:FUNCTION", help="Task metric: gets a function that runs the model.")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0),
+    default=0.5,
+    show_default=True,
+    metavar="POINTS",
+    help="Points that the metric may lose, or the agreement with the original where there is no metric.",
+)
+@click.option(
+    "--exclude", multiple=True, metavar="NAME", help="Leave operators float: name, type or pattern; repeatable."
+)
+@click.option(
+    "--fail-if-slower-than",
+    type=click.FloatRange(0, min_open=True),
+    metavar="RATIO",
+    help="Fail where the result surely runs at less than RATIO times the original's speed.",
+)
+@click.option(
+    "--benchmark/--no-benchmark", default=True, show_default=True, help="Time the result against the original."
+)
+@click.option(
+    "--benchmark-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="About how long that may take.",
+)
+@click.option("--save-recipe", metavar="FILE", type=_FILE, help="Write the recipe with everything that was decided.")
+@click.option("--dry-run", is_flag=True, help="Check model, recipe and data, print the plan, write nothing.")
+@_output_options
+@pass_terminal
+def compress(terminal: Terminal, /, model: str, report: str | None, save_recipe: str | None, **options: Any) -> None:
+    """Compress MODEL and write the result to OUT.
+
+    The recipe's passes run, the outputs are compared with the original's, the task metric and the speed are measured on
+    the written file, and only then is it moved to OUT.
+    """
+    options["preprocess"] = _preprocess(options["preprocess"])
+    from onnxcompress.compress import compress as run
+
+    result = run(model, progress=terminal.progress, check=False, **options)
+    if save_recipe is not None and result.saved is not None:
+        from onnxcompress.report import write_text
+
+        write_text(save_recipe, result.recipe.to_yaml())
+    _finish(terminal, result, report)
+
+
+@cli.command(short_help="Operators, parameters, MACs, and what would be quantised and why not.")
+@click.argument("model", type=_MODEL)
+@click.option("--target", default="cpu", show_default=True, metavar="NAME", help="What to plan the quantisation for.")
+@_output_options
+@pass_terminal
+def inspect(terminal: Terminal, /, model: str, target: str) -> None:
+    """Describe MODEL: operators, parameters, MACs by node, and what would be quantised and what not and why."""
+    from onnxcompress.inspect_model import inspect_model
+    from onnxcompress.report import print_inspection
+
+    inspection = inspect_model(model, target=target, progress=terminal.progress)
+    print_inspection(terminal.human, inspection)
+    terminal.result(inspection.to_dict())
+
+
+@cli.command(short_help="Compare all outputs of two models.")
+@click.argument("a", type=_MODEL)
+@click.argument("b", type=_MODEL)
+@_data_options
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    metavar="X",
+    help="Exit with 4 where the relative L2 error of an output is above X.",
+)
+@click.option(
+    "--optimization",
+    type=click.Choice(["disabled", "basic", "extended", "all"]),
+    default="disabled",
+    show_default=True,
+    help="The runtime's graph optimisation; 'all' is what is served.",
+)
+@_output_options
+@pass_terminal
+def compare(
+    terminal: Terminal, /, a: str, b: str, tolerance: float | None, optimization: Any, threads: int, **data: Any
+) -> None:
+    """Run A (the reference) and B on the same samples and compare every output.
+
+    Without --data the samples are random but fit the inputs; the same seed gives the same samples.
+    """
+    from onnxcompress.report import SCHEMA, comparison_report, print_comparisons
+    from onnxcompress.verify import compare as run
+
+    with _samples(terminal, a, **data) as samples:
+        outputs = run(
+            a, b, samples, optimization=(optimization, optimization), threads=threads, progress=terminal.progress
+        )
+        count = samples.samples
+    print_comparisons(terminal.human, outputs)
+    terminal.result({"schema": SCHEMA, "samples": count, "outputs": [comparison_report(o) for o in outputs]})
+    if tolerance is not None:
+        worst = max(outputs, key=lambda o: o.relative_l2 if o.relative_l2 == o.relative_l2 else float("inf"))
+        if not worst.relative_l2 <= tolerance:
+            raise AccuracyError(
+                f"output {worst.name!r} has a relative L2 error of {worst.relative_l2:.3g}; the tolerance is {tolerance:g}"
+            )
+
+
+@cli.command(short_help="Time two models against each other, in pairs, with an interval.")
+@click.argument("a", type=_MODEL)
+@click.argument("b", type=_MODEL)
+@_data_options
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="About how long to measure.",
+)
+@click.option(
+    "--sessions",
+    type=click.IntRange(6),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="How often the sessions are created anew, at least.",
+)
+@click.option(
+    "--fail-if-slower-than",
+    type=click.FloatRange(0, min_open=True),
+    metavar="RATIO",
+    help="Exit with 5 where B surely runs at less than RATIO times A's speed.",
+)
+@_output_options
+@pass_terminal
+def benchmark(
+    terminal: Terminal,
+    /,
+    a: str,
+    b: str,
+    fail_if_slower_than: float | None,
+    seconds: float,
+    sessions: int,
+    threads: int,
+    seed: int | None,
+    batch: int | None,
+    **data: Any,
+) -> None:
+    """Time B against A: pairs in random order, one thread unless --threads says otherwise; above 1 B is faster."""
+    from onnxcompress.benchmark import benchmark as run
+    from onnxcompress.compress import slower_error
+    from onnxcompress.report import SCHEMA, print_benchmark
+
+    with _samples(terminal, a, seed=seed, batch=batch, **data) as samples:
+        result = run(
+            a,
+            b,
+            samples,
+            threads=threads or 1,
+            sessions=sessions,
+            seconds=seconds,
+            batch=batch,
+            seed=seed or 0,
+            progress=terminal.progress,
+        )
+    print_benchmark(terminal.human, result)
+    terminal.result({"schema": SCHEMA, **result.to_dict()})
+    failure = slower_error(result, fail_if_slower_than) if fail_if_slower_than is not None else None
+    if failure is not None:
+        raise failure
+
+
+def _samples(
+    terminal: Terminal,
+    model: str,
+    *,
+    data: str | None,
+    preprocess: str | None,
+    batch: int | None,
+    samples: int | None,
+    seed: int | None,
+) -> Any:
+    """The samples of ``--data``, or made-up ones that fit the inputs of ``model``."""
+    from onnxcompress.data import open_data, synthetic_data
+    from onnxcompress.graph import input_specs
+    from onnxcompress.io import load
+
+    graph = load(model)
+    specs = input_specs(graph)
+    if data is None:
+        terminal.warn(["no --data: the samples are random"])
+        return synthetic_data(specs, graph=graph, samples=samples or 16, batch=batch or 1, seed=seed or 0)
+    return open_data(data, specs, batch=batch, preprocess=_preprocess(preprocess), limit=samples)
+
+
+@cli.command(short_help="Compress a small network that comes along, and show the gain.")
+@click.option("-o", "--output", metavar="FOLDER", type=click.Path(file_okay=False), help="Keep the files there.")
+@click.option("--benchmark/--no-benchmark", default=True, show_default=True, help="Time the result.")
+@click.option(
+    "--benchmark-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="About how long that may take.",
+)
+@_output_options
+@pass_terminal
+def demo(terminal: Terminal, /, output: str | None, **options: Any) -> None:
+    """Compress a small residual network that reads handwritten digits; model and data come with the package."""
+    import tempfile
+    from contextlib import nullcontext
+    from pathlib import Path
+
+    from onnxcompress.compress import compress as run
+    from onnxcompress.demo import demo_calibration, demo_evaluation, demo_model_path
+
+    folder = tempfile.TemporaryDirectory(prefix="onnxcompress-demo-") if output is None else nullcontext(output)
+    with folder as where:
+        try:
+            Path(where).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{where}: cannot be created: {error.strerror}") from error
+        result = run(
+            demo_model_path(),
+            demo_calibration(),
+            Path(where) / "digits_int8.onnx",
+            eval_data=demo_evaluation(),
+            progress=terminal.progress,
+            check=False,
+            **options,
+        )
+        _finish(terminal, result, None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Passes as commands
+
+
+def _pass_command(name: str) -> click.Command:
+    """The command of one pass; its options are the pass's fields."""
+    cls = load_pass(name)
+    fields = {field: _field_option(field, info) for field, info in cls.model_fields.items()}
+
+    def callback(model: str, report: str | None, verify: bool, **options: Any) -> None:
+        terminal = click.get_current_context().ensure_object(Terminal)
+        given = {field: options.pop(field) for field in fields}
+        step = _make_pass(cls, {field: value for field, value in given.items() if value is not None})
+        options["preprocess"] = _preprocess(options["preprocess"])
+        from onnxcompress.compress import compress as run
+        from onnxcompress.recipe import Recipe
+
+        recipe = Recipe((step,), source=name)
+        result = run(
+            model,
+            recipe=recipe,
+            max_drop=None,
+            benchmark=False,
+            verify=verify,
+            progress=terminal.progress,
+            check=False,
+            **options,
+        )
+        _finish(terminal, result, report)
+
+    command = click.command(name, help=_help(cls), short_help=PASSES[name].summary)(callback)
+    for decorate in (_output_options, _verify_option, _judge_options, _data_options, _output_option):
+        command = decorate(command)
+    command.params[:0] = [click.Argument(["model"], type=_MODEL), *fields.values()]
+    return command
+
+
+_verify_option = click.option(
+    "--verify/--no-verify", default=True, show_default=True, help="Compare the outputs with the original's."
+)
+
+
+def _help(cls: type[Pass]) -> str:
+    return (cls.__doc__ or "").strip().split("\n\n")[0]
+
+
+def _make_pass(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
+    from pydantic import ValidationError
+
+    from onnxcompress.recipe import option_error
+
+    try:
+        return cls.model_validate(options)
+    except ValidationError as error:
+        path, text = option_error(error, cls)
+        raise UsageError(f"--{'.'.join(str(part) for part in path).replace('_', '-')}: {text}") from error
+
+
+def _field_option(name: str, info: FieldInfo) -> click.Option:
+    """The option for one field; what click has no type for is given as YAML, as in a recipe."""
+    from typing import Literal, get_args, get_origin
+
+    flag = "--" + name.replace("_", "-")
+    annotation: Any = info.annotation
+    arguments = [a for a in get_args(annotation) if a is not type(None)]
+    if type(None) in get_args(annotation) and len(arguments) == 1:
+        annotation = arguments[0]
+    told = info.description or ""
+    if not info.is_required() and info.default not in (None, (), [], {}):
+        told += f" Default: {getattr(info.default, 'value', info.default)}."
+    if annotation is bool:
+        return click.Option([f"{flag}/--no-{name.replace('_', '-')}", name], default=None, help=told)
+    origin = get_origin(annotation)
+    if origin is Literal and all(isinstance(value, str) for value in get_args(annotation)):
+        return click.Option([flag, name], type=click.Choice(get_args(annotation)), default=None, help=told)
+    if origin in (tuple, list, frozenset, set) and get_args(annotation)[:1] == (str,):
+        return click.Option([flag, name], multiple=True, callback=_none_if_empty, help=f"{told} Repeatable.".strip())
+    if annotation in (int, float, str):
+        return click.Option([flag, name], type=annotation, default=None, help=told)
+    return click.Option([flag, name], default=None, metavar="YAML", callback=_yaml, help=told)
+
+
+def _none_if_empty(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...] | None:
+    return value or None
+
+
+def _yaml(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    if value is None:
+        return None
+    from onnxcompress.recipe import parse_yaml
+
+    return parse_yaml(value, param.opts[0])

@@ -1,0 +1,564 @@
+"""The main job: load -> passes -> save aside -> verify -> measure -> move into place.
+
+Everything is judged on the saved file, not on the graph in memory: the file is what will be served. It is written into
+a hidden folder beside the output and moved into place only when the accuracy budget and the speed limit are met, so a
+miss, an error or Ctrl-C leaves nothing behind and an older output untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxcompress.audit import FusionAudit, audit
+from onnxcompress.base import Context, Guarantee, PassReport, Progress, SilentProgress
+from onnxcompress.benchmark import BenchmarkResult, benchmark
+from onnxcompress.data import Dataset, open_data, synthetic_data
+from onnxcompress.errors import AccuracyError, OnnxCompressError, SlowerError, UsageError
+from onnxcompress.evaluate import Evaluator, checked_metric, evaluate_labels, load_evaluator
+from onnxcompress.graph import Graph, input_specs, model_info
+from onnxcompress.inspect_model import plan, total_macs
+from onnxcompress.io import SavedModel, load, model_bytes, save
+from onnxcompress.recipe import Recipe, load_recipe, with_decisions, with_exclusions
+from onnxcompress.session import Session, import_onnxruntime
+from onnxcompress.shapes import graph_stats
+from onnxcompress.targets import PlannedNode, get_target
+from onnxcompress.verify import OutputComparison, check_equivalent, compare
+from onnxcompress.version import __version__
+
+if TYPE_CHECKING:
+    from onnxcompress.data import Preprocess
+
+__all__ = ["Budget", "CompressResult", "Metric", "ModelSize", "Verification", "compress", "slower_error"]
+
+#: relative L2 that a change of the order of floating-point operations may cause
+EQUIVALENT_TOLERANCE = 1e-5
+#: share of ``data`` held out for verification where there is no ``eval_data``
+HELD_OUT = 0.1
+#: samples of synthetic data, where that is all there is
+SYNTHETIC_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Nodes, parameters in elements, multiply-accumulates, and bytes on disk with external data."""
+
+    nodes: int
+    parameters: int
+    macs: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A task metric of the original and of the result, higher is better."""
+
+    name: str
+    original: float
+    result: float
+
+    @property
+    def drop(self) -> float:
+        """How far the result is below the original, in points.
+
+        Where the original's value lies in -1 .. 1 the metric is taken as a fraction and a point is 0.01 of it;
+        otherwise (percent, dB) a point is 1.
+        """
+        scale = 100.0 if abs(self.original) <= 1.0 else 1.0
+        return (self.original - self.result) * scale
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All outputs of the result against the original's, over ``samples`` samples from ``source``."""
+
+    #: "eval-data", "data", "held-out", "random" or "synthetic"
+    source: str
+    samples: int
+    fingerprint: str
+    outputs: tuple[OutputComparison, ...]
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of samples with the same argmax, of the first output that has classes; None where none has."""
+        return next((o.same_argmax for o in self.outputs if o.same_argmax is not None), None)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What ``max_drop`` was held against: the metric's name or "agreement", and the drop in points."""
+
+    basis: str
+    max_drop: float
+    drop: float
+
+    @property
+    def met(self) -> bool:
+        """False also where the drop is not a number."""
+        return self.drop <= self.max_drop + 1e-9
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What :func:`compress` did. ``saved`` is None after a dry run and where a budget was missed."""
+
+    model: Path
+    source_sha256: str | None
+    output: Path
+    saved: SavedModel | None
+    #: the recipe as it ran, with every decision taken by measuring
+    recipe: Recipe
+    target: str
+    guarantee: Guarantee
+    before: ModelSize
+    after: ModelSize | None = None
+    report: PassReport | None = None
+    planned: tuple[PlannedNode, ...] = ()
+    verification: Verification | None = None
+    metrics: tuple[Metric, ...] = ()
+    budget: Budget | None = None
+    audit: FusionAudit | None = None
+    benchmark: BenchmarkResult | None = None
+    warnings: tuple[str, ...] = ()
+    #: seconds by stage
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    #: the budget that was missed, where ``check=False`` asked not to raise it
+    failure: OnnxCompressError | None = None
+
+
+def compress(
+    model: str | os.PathLike[str],
+    data: Any = None,
+    output: str | os.PathLike[str] = "",
+    *,
+    recipe: str | os.PathLike[str] | Recipe = "int8",
+    target: str | None = None,
+    evaluate: str | Evaluator | None = None,
+    eval_data: Any = None,
+    preprocess: Preprocess | None = None,
+    batch: int | None = None,
+    samples: int | None = None,
+    random_data: bool = False,
+    exclude: Sequence[str] = (),
+    max_drop: float | None = 0.5,
+    benchmark: bool = True,
+    benchmark_seconds: float = 10.0,
+    fail_if_slower_than: float | None = None,
+    verify: bool = True,
+    seed: int | None = None,
+    threads: int = 0,
+    force: bool = False,
+    dry_run: bool = False,
+    check: bool = True,
+    trusted: bool = False,
+    progress: Progress | None = None,
+) -> CompressResult:
+    """Compress the model file ``model`` and write the result to ``output``.
+
+    Args:
+        model: an ONNX file; it is never written to.
+        data: calibration samples, anything that :func:`~onnxcompress.data.open_data` opens.
+        output: the file to write; its folder must exist.
+        recipe: a named recipe, a recipe file, or a :class:`~onnxcompress.recipe.Recipe`.
+        target: what to compress for; None: the recipe's target.
+        evaluate: ``"file.py:function"`` or a callable: given a callable that runs the model, returns a number, higher
+            is better.
+        eval_data: samples to judge the result by, with labels or without; None: a held-out tenth of ``data``.
+        preprocess: how images become arrays.
+        batch: samples a batch; None: as the data comes.
+        samples: read at most this many samples of ``data``.
+        random_data: calibrate on random data where there is no ``data``; the result is of unknown accuracy.
+        exclude: operators that are not quantised, by name, type or pattern.
+        max_drop: how many points the metric may lose, or the agreement with the original where there is no metric;
+            None: no budget.
+        benchmark: time the result against the original, one thread, in pairs.
+        benchmark_seconds: about how long that may take.
+        fail_if_slower_than: the least ratio of times (original over result) that is accepted.
+        verify: compare the outputs with the original's.
+        seed: seed of everything random; None: the recipe's, or 0.
+        threads: threads to calibrate and verify with; 0: the runtime chooses.
+        force: write the result although it misses a budget.
+        dry_run: check model, recipe and data, plan, and write nothing.
+        check: raise where a budget is missed; False: tell it in ``failure``. Nothing is written in either case.
+        trusted: skip the limits on untrusted files.
+        progress: where progress is shown.
+
+    Raises:
+        UsageError: an option, the recipe or the data cannot be used.
+        ModelError: the model cannot be used.
+        AccuracyError: ``max_drop`` was missed.
+        SlowerError: ``fail_if_slower_than`` was missed.
+        RuntimeUnavailableError: onnxruntime is needed and not installed.
+    """
+    if benchmark is False and fail_if_slower_than is not None:
+        raise UsageError("fail_if_slower_than needs the benchmark; drop --no-benchmark or --fail-if-slower-than")
+    _check_limits(max_drop, fail_if_slower_than, samples, batch)
+    chosen = with_exclusions(load_recipe(recipe), exclude)
+    target_name = target if target is not None else chosen.target
+    get_target(target_name)
+    if data is not None and random_data:
+        raise UsageError("both data and random data were asked for; give one of --data and --random-data")
+    if data is None and not random_data and chosen.needs_data:
+        raise UsageError(
+            f"recipe {chosen.source!r} calibrates and needs samples; give --data, or --random-data for a result of "
+            "unknown accuracy"
+        )
+    output_path = _checked_output(output, Path(model))
+    if verify or benchmark:
+        import_onnxruntime()
+    if isinstance(evaluate, str):
+        evaluate = load_evaluator(evaluate)
+    with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
+        job = _Job(
+            model=Path(model),
+            output=output_path,
+            recipe=chosen,
+            target=target_name,
+            evaluate=evaluate,
+            max_drop=max_drop,
+            benchmark=benchmark,
+            benchmark_seconds=benchmark_seconds,
+            fail_if_slower_than=fail_if_slower_than,
+            verify=verify,
+            seed=seed if seed is not None else chosen.seed if chosen.seed is not None else 0,
+            threads=threads,
+            force=force,
+            progress=progress if progress is not None else SilentProgress(),
+            work_dir=Path(folder),
+        )
+        with job.timed("load"):
+            graph = load(model, trusted=trusted)
+        try:
+            with job.timed("data"):
+                job.open_data(graph, data, eval_data, random_data, preprocess, batch, samples)
+            result = job.dry_run(graph) if dry_run else job.run(graph)
+        finally:
+            job.close()
+    if check and result.failure is not None:
+        raise result.failure
+    return result
+
+
+def _check_limits(
+    max_drop: float | None, fail_if_slower_than: float | None, samples: int | None, batch: int | None
+) -> None:
+    if max_drop is not None and not max_drop >= 0:
+        raise UsageError(f"a budget of {max_drop} points is not possible; expected 0 or more")
+    if fail_if_slower_than is not None and not fail_if_slower_than > 0:
+        raise UsageError(f"a ratio of {fail_if_slower_than} is not possible; expected more than 0")
+    for name, value in (("samples", samples), ("batch", batch)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; expected 1 or more")
+
+
+def _checked_output(output: str | os.PathLike[str], model: Path) -> Path:
+    """``output`` as a path that a file can be moved to; never the model itself, under whatever name."""
+    if not os.fspath(output):
+        raise UsageError("no output file was given; name one with -o")
+    path = Path(output)
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; give the name of the file to write")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: its folder does not exist; create {path.parent} first")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path}: its folder cannot be written to; choose another one")
+    if path.exists() and model.exists() and path.samefile(model):
+        raise UsageError(f"{path}: is the model itself; the input is never overwritten, name another output")
+    return path
+
+
+@dataclass
+class _Job:
+    """One run of :func:`compress`: its checked options, its data and what it has found so far."""
+
+    model: Path
+    output: Path
+    recipe: Recipe
+    target: str
+    evaluate: Evaluator | None
+    max_drop: float | None
+    benchmark: bool
+    benchmark_seconds: float
+    fail_if_slower_than: float | None
+    verify: bool
+    seed: int
+    threads: int
+    force: bool
+    progress: Progress
+    work_dir: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    #: what the passes read
+    data: Dataset | None = None
+    #: what the result is judged by
+    eval_data: Dataset | None = None
+    eval_source: str = "synthetic"
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time that the block takes to ``stage``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def warn(self, message: str) -> None:
+        """Record a warning once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+    # -- data -----------------------------------------------------------------------------------------------------
+
+    def open_data(
+        self,
+        graph: Graph,
+        data: Any,
+        eval_data: Any,
+        random_data: bool,
+        preprocess: Preprocess | None,
+        batch: int | None,
+        samples: int | None,
+    ) -> None:
+        """Open calibration and evaluation data and check them against the model's inputs."""
+        specs = input_specs(graph)
+        if data is not None:
+            self.data = open_data(
+                data, specs, batch=batch, preprocess=preprocess, work_dir=self.work_dir, limit=samples
+            )
+        elif random_data:
+            self.warn("calibrated on random data: the accuracy of the result on real data is unknown")
+            count = samples if samples is not None else SYNTHETIC_SAMPLES
+            self.data = synthetic_data(specs, graph=graph, samples=count, batch=batch or 1, seed=self.seed)
+        if eval_data is not None:
+            self.eval_source = "eval-data"
+            self.eval_data = open_data(eval_data, specs, batch=batch, preprocess=preprocess, work_dir=self.work_dir)
+        elif data is None:
+            self.eval_source = "random" if random_data else "synthetic"
+            self.eval_data = synthetic_data(
+                specs, graph=graph, samples=SYNTHETIC_SAMPLES, batch=batch or 1, seed=self.seed + 1
+            )
+        elif self.data is not None and not self.recipe.needs_data:
+            self.eval_source, self.eval_data = "data", self.data
+        elif self.data is not None:
+            self.eval_source = "held-out"
+            self.data, self.eval_data = self.data.split(HELD_OUT, self.seed)
+        for dataset in (self.data, self.eval_data):
+            for note in dataset.notes if dataset is not None else ():
+                self.warn(note)
+
+    def close(self) -> None:
+        """Remove the spools of the data."""
+        for dataset in (self.data, self.eval_data):
+            if dataset is not None:
+                dataset.close()
+
+    # -- the two ways to run ----------------------------------------------------------------------------------------
+
+    def dry_run(self, graph: Graph) -> CompressResult:
+        """Read all the data, plan, and write nothing."""
+        with self.timed("data"):
+            for dataset, name in ((self.data, "calibration data"), (self.eval_data, "evaluation data")):
+                for _ in self.progress.track(dataset, f"checking the {name}", len(dataset)) if dataset else ():
+                    pass
+        with self.timed("plan"):
+            planned = plan(graph, self.target, self.progress)
+        return replace(self.started(graph), planned=planned)
+
+    def started(self, graph: Graph) -> CompressResult:
+        """What is known before the passes have run."""
+        return CompressResult(
+            model=self.model,
+            source_sha256=model_info(graph).source_sha256,
+            output=self.output,
+            saved=None,
+            recipe=self.recipe,
+            target=self.target,
+            guarantee=self.recipe.pipeline().guarantee,
+            before=_size(graph, model_bytes(self.model)),
+            warnings=tuple(self.warnings),
+            seconds=self.seconds,
+        )
+
+    def run(self, graph: Graph) -> CompressResult:
+        """All stages. The last one, moving the file into place, is left out where a budget is missed."""
+        result = self.started(graph)
+        context = Context(
+            original=graph,
+            data=self.data,
+            eval_data=self.eval_data,
+            evaluate=self.evaluate,
+            target=self.target,
+            seed=self.seed,
+            progress=self.progress,
+            work_dir=self.work_dir,
+            threads=self.threads,
+            warnings=self.warnings,
+        )
+        with self.timed("passes"):
+            done = self.recipe.pipeline()(graph, context)
+        recipe = with_decisions(self.recipe, done.report)
+        provenance = {"source_sha256": result.source_sha256 or "", "recipe": recipe.to_yaml(), "version": __version__}
+        if done.kept:
+            provenance["kept"] = json.dumps(done.kept, sort_keys=True)
+        with tempfile.TemporaryDirectory(prefix=".onnxcompress-", dir=self.output.parent) as folder:
+            with self.timed("save"):
+                staged = save(done.graph, Path(folder) / self.output.name, provenance=provenance)
+            result = replace(result, recipe=recipe, report=done.report, after=_size(done.graph, staged.bytes))
+            result = self.judged(result, staged, "QuantizeLinear" in done.report.after.operators)
+            if result.failure is None or self.force:
+                if result.failure is not None:
+                    self.warn(f"{result.failure}; written because of --force")
+                with self.timed("save"):
+                    saved = _move(staged, self.output)
+                result = replace(result, saved=saved, failure=None)
+        return replace(result, warnings=tuple(self.warnings))
+
+    # -- judging ----------------------------------------------------------------------------------------------------
+
+    def judged(self, result: CompressResult, staged: SavedModel, quantised: bool) -> CompressResult:
+        """``result`` with everything that is measured on the staged file, and the first budget that it misses."""
+        failure: OnnxCompressError | None = None
+        if self.verify:
+            with self.timed("verify"):
+                verification = self.verified(result, staged)
+            with self.timed("evaluate"):
+                metrics = self.measured(staged)
+            budget = self.budget(verification, metrics)
+            result = replace(result, verification=verification, metrics=metrics, budget=budget)
+            if budget is not None and not budget.met:
+                failure = AccuracyError(self.missed(budget, verification))
+        if quantised:
+            with self.timed("audit"):
+                result = replace(result, audit=audit(staged.path, get_target(self.target)))
+        if self.benchmark and (failure is None or self.force):
+            with self.timed("benchmark"):
+                timing = self.timing(staged)
+            result = replace(result, benchmark=timing)
+            limit = self.fail_if_slower_than
+            if timing.verdict == "SLOWER":
+                self.warn(f"the result is slower than the original: its speed is {_interval(timing)}")
+            if limit is not None:
+                failure = failure or slower_error(timing, limit)
+                if timing.low < limit <= timing.high:
+                    self.warn(
+                        f"whether the result reaches {limit:g}x is undecided: its speed is {_interval(timing)}; "
+                        "measure longer with --benchmark-seconds"
+                    )
+        return replace(result, failure=failure)
+
+    def verified(self, result: CompressResult, staged: SavedModel) -> Verification:
+        """All outputs of the staged file against the original's; a lossless recipe must reproduce them.
+
+        A lossless result is compared without the runtime's own optimisations, which reorder operations on either side;
+        a lossy one as it will be served, since that is the accuracy that its user gets.
+        """
+        data = self.eval_data
+        if data is None:
+            raise OnnxCompressError("there is no evaluation data; this is a bug, please report it")
+        if result.guarantee is Guarantee.APPROXIMATE:
+            outputs = compare(
+                self.model,
+                staged.path,
+                data,
+                optimization=("all", "all"),
+                threads=self.threads,
+                progress=self.progress,
+            )
+        else:
+            outputs = check_equivalent(
+                self.model,
+                staged.path,
+                data,
+                tolerance=EQUIVALENT_TOLERANCE,
+                threads=self.threads,
+                progress=self.progress,
+            )
+        return Verification(self.eval_source, data.samples, data.fingerprint(), tuple(outputs))
+
+    def measured(self, staged: SavedModel) -> tuple[Metric, ...]:
+        """The task metric of both models: the evaluator's, or top-1 and top-5 where the data has labels."""
+        labelled = self.eval_data if self.eval_data is not None and self.eval_data.has_labels else None
+        if self.evaluate is None and labelled is None:
+            return ()
+        scores: list[dict[str, float]] = []
+        for path in (self.model, staged.path):
+            session = Session(path, optimization="all", threads=self.threads)
+            if self.evaluate is not None:
+                scores.append({"metric": checked_metric(self.evaluate(session.run), "evaluate")})
+            elif labelled is not None:
+                scores.append(evaluate_labels(session.run, labelled, progress=self.progress))
+        return tuple(Metric(name, value, scores[1][name]) for name, value in scores[0].items())
+
+    def budget(self, verification: Verification, metrics: Sequence[Metric]) -> Budget | None:
+        """The drop that ``max_drop`` limits: of the first metric, or else of the agreement with the original."""
+        if self.max_drop is None:
+            return None
+        if metrics:
+            return Budget(metrics[0].name, self.max_drop, metrics[0].drop)
+        if verification.agreement is None:
+            self.warn(
+                "no output has classes and there is no metric, so the accuracy budget was not checked: --evaluate"
+            )
+            return None
+        return Budget("agreement", self.max_drop, 100.0 * (1.0 - verification.agreement))
+
+    def missed(self, budget: Budget, verification: Verification) -> str:
+        """What to say about a missed budget."""
+        hint = "use --eval-data or --evaluate, " if self.evaluate is None and self.eval_source == "held-out" else ""
+        what = "agreement with the original" if budget.basis == "agreement" else budget.basis
+        on = f" on {verification.samples} samples ({verification.source})" if self.evaluate is None else ""
+        return (
+            f"{what} is {budget.drop:.2f} points lower{on}, the budget is {budget.max_drop:g}; "
+            f"{hint}raise --max-drop, exclude operators or --force it"
+        )
+
+    def timing(self, staged: SavedModel) -> BenchmarkResult:
+        """Time the staged file against the original, one sample at a time on one thread."""
+        return benchmark(
+            self.model,
+            staged.path,
+            self.eval_data,
+            threads=1,
+            seconds=self.benchmark_seconds,
+            seed=self.seed,
+            progress=self.progress,
+        )
+
+
+def slower_error(timing: BenchmarkResult, limit: float) -> SlowerError | None:
+    """The error where the whole interval of the ratio lies below ``limit``; an undecided ratio is none."""
+    if timing.high >= limit:
+        return None
+    return SlowerError(f"the speed is {_interval(timing)}; {limit:g}x or more is asked for")
+
+
+def _interval(timing: BenchmarkResult) -> str:
+    return f"{timing.ratio:.2f}x the original's, 95 % interval {timing.low:.2f} to {timing.high:.2f}"
+
+
+def _size(graph: Graph, size: int) -> ModelSize:
+    stats = graph_stats(graph)
+    return ModelSize(stats.nodes, stats.parameters, total_macs(graph), size)
+
+
+def _move(staged: SavedModel, output: Path) -> SavedModel:
+    """Move a staged model into place: external data, which is named by its contents, before the file that needs it."""
+    moved = []
+    for file in sorted(staged.files, key=lambda f: f == staged.path):
+        destination = output.parent / file.relative_to(staged.path.parent)
+        file.replace(destination)
+        moved.append(destination)
+    descriptor = os.open(output.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return SavedModel(output, tuple(moved), staged.bytes, staged.sha256)

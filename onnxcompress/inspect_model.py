@@ -1,0 +1,130 @@
+"""What a model is made of, and what static quantisation would do with each of its nodes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxcompress.graph import Graph, first_output, input_specs, model_info
+from onnxcompress.io import load, model_bytes
+from onnxcompress.recipe import load_recipe
+from onnxcompress.shapes import GraphStats, graph_stats, infer_shapes, node_macs
+from onnxcompress.targets import explain, get_target
+
+if TYPE_CHECKING:
+    from onnxcompress.base import Progress
+    from onnxcompress.targets import PlannedNode
+
+__all__ = ["Inspection", "NodeInfo", "TensorInfo", "inspect_model", "plan", "total_macs"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A graph input or output; an axis of unknown size is None or its symbol, an unknown rank None."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """One node of the outermost graph. ``macs`` is None for operators that multiply nothing or of unknown shape."""
+
+    name: str
+    op: str
+    macs: int | None
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model file: where it comes from, its tensors, its nodes, and what would become integer on ``target``."""
+
+    path: Path
+    bytes: int
+    sha256: str | None
+    ir_version: int | None
+    opset: int
+    domains: dict[str, int]
+    metadata: dict[str, str]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    stats: GraphStats
+    macs: int
+    nodes: tuple[NodeInfo, ...]
+    target: str
+    planned: tuple[PlannedNode, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"schema": 1, **asdict(self), "path": str(self.path)}
+
+
+def inspect_model(
+    path: str | os.PathLike[str], *, target: str = "cpu", trusted: bool = False, progress: Progress | None = None
+) -> Inspection:
+    """Read the model at ``path`` and describe it.
+
+    Raises:
+        ModelError: it is no valid model.
+        UsageError: ``target`` is unknown.
+    """
+    get_target(target)
+    graph = load(path, trusted=trusted)
+    info = model_info(graph)
+    types = infer_shapes(graph)
+    macs = node_macs(graph, types)
+    nodes = tuple(
+        NodeInfo(
+            node.name,
+            node.op,
+            macs.get(node.name),
+            known.shape if (known := types.get(first_output(node))) is not None else None,
+        )
+        for node in graph.nodes
+    )
+    inputs = tuple(TensorInfo(s.name, s.dtype.name, s.shape) for s in input_specs(graph))
+    outputs = tuple(
+        TensorInfo(t.name, known.dtype.name, known.shape)
+        if (known := types.get(t.name)) is not None and known.dtype is not None
+        else TensorInfo(t.name, "unknown", None)
+        for t in graph.outputs
+    )
+    domains = {d.domain or "ai.onnx": d.version for d in graph.import_domains or ()}
+    return Inspection(
+        path=Path(path),
+        bytes=model_bytes(path),
+        sha256=info.source_sha256,
+        ir_version=graph.ir_version,
+        opset=graph.opset,
+        domains=domains,
+        metadata=dict(info.metadata),
+        inputs=inputs,
+        outputs=outputs,
+        stats=graph_stats(graph),
+        macs=sum(macs.values()),
+        nodes=nodes,
+        target=target,
+        planned=plan(graph, target, progress),
+    )
+
+
+def plan(graph: Graph, target: str, progress: Progress | None = None) -> tuple[PlannedNode, ...]:
+    """What would become integer on ``target``, and why the rest would not, once the graph has been folded.
+
+    Folding comes first because it changes the answer: a BatchNormalization stays float, the Conv that it folds into
+    does not.
+    """
+    from onnxcompress.base import Context, SilentProgress
+
+    context = Context(target=target, progress=progress if progress is not None else SilentProgress())
+    folded = load_recipe("lossless").pipeline()(graph, context).graph
+    return tuple(explain(folded, get_target(target)))
+
+
+def total_macs(graph: Graph) -> int:
+    """Multiply-accumulates of the outermost graph; per sample where only the batch is symbolic."""
+    return sum(node_macs(graph, infer_shapes(graph)).values())

@@ -1,0 +1,421 @@
+"""What people and machines are told: terminal tables, and JSON with a versioned schema.
+
+Names in a model come from outside: they are printed without control characters and never read as markup. JSON is
+strict, so what is not finite (the SQNR of equal outputs) is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxcompress.environment import describe_environment
+from onnxcompress.errors import UsageError
+from onnxcompress.version import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from onnxcompress.base import PassReport, Refusal
+    from onnxcompress.benchmark import BenchmarkResult
+    from onnxcompress.compress import CompressResult
+    from onnxcompress.inspect_model import Inspection
+    from onnxcompress.targets import PlannedNode
+    from onnxcompress.verify import OutputComparison
+
+__all__ = [
+    "SCHEMA",
+    "comparison_report",
+    "compress_report",
+    "print_benchmark",
+    "print_comparisons",
+    "print_compress",
+    "print_inspection",
+    "print_plan",
+    "print_warnings",
+    "printable",
+    "to_json",
+    "write_text",
+]
+
+#: version of the JSON layout; raised when a key changes its meaning or goes away
+SCHEMA = 1
+
+#: node names that are printed for one reason before the list is cut; the report has them all
+_NAMES = 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# JSON
+
+
+def compress_report(result: CompressResult) -> dict[str, Any]:
+    """Everything that is known about one run of the main job, as plain data."""
+    saved, verification, budget = result.saved, result.verification, result.budget
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "onnxcompress", "version": __version__},
+        "model": {"path": str(result.model), "sha256": result.source_sha256, "bytes": result.before.bytes},
+        "output": None
+        if saved is None
+        else {
+            "path": str(saved.path),
+            "files": [str(file) for file in saved.files],
+            "sha256": saved.sha256,
+            "bytes": saved.bytes,
+        },
+        "target": result.target,
+        "recipe": result.recipe.to_dict(),
+        "guarantee": result.guarantee.value,
+        "before": asdict(result.before),
+        "after": None if result.after is None else asdict(result.after),
+        "passes": [_pass_report(child) for child in result.report.children] if result.report is not None else [],
+        "plan": [asdict(node) for node in result.planned],
+        "verification": None
+        if verification is None
+        else {
+            "source": verification.source,
+            "samples": verification.samples,
+            "fingerprint": verification.fingerprint,
+            "agreement": verification.agreement,
+            "outputs": [comparison_report(output) for output in verification.outputs],
+        },
+        "metrics": [
+            {"name": m.name, "original": m.original, "result": m.result, "drop_points": m.drop} for m in result.metrics
+        ],
+        "budget": None if budget is None else {**asdict(budget), "met": budget.met},
+        "audit": None if result.audit is None else result.audit.to_dict(),
+        "benchmark": None if result.benchmark is None else result.benchmark.to_dict(),
+        "warnings": list(result.warnings),
+        "failure": None if result.failure is None else str(result.failure),
+        "seconds": dict(result.seconds),
+        "environment": describe_environment(),
+    }
+
+
+def _pass_report(report: PassReport) -> dict[str, Any]:
+    return {
+        "name": report.name,
+        "options": report.options,
+        "decisions": report.decisions,
+        "changes": [asdict(change) for change in report.changes],
+        "refusals": [asdict(refusal) for refusal in report.refusals],
+        "warnings": list(report.warnings),
+        "before": asdict(report.before),
+        "after": asdict(report.after),
+        "seconds": report.seconds,
+    }
+
+
+def comparison_report(output: OutputComparison) -> dict[str, Any]:
+    """One compared output; ``equal`` tells the infinite SQNR of equal outputs from one that is not a number."""
+    return {**asdict(output), "equal": output.max_abs == 0.0}
+
+
+def to_json(data: Any) -> str:
+    """Strict JSON, two spaces deep; dataclasses, paths, enums and numpy scalars become plain data."""
+    return json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | int | str) or value is None:
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return _plain(value.tolist())
+    return str(value)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` to ``path`` so that the file is there whole or not at all.
+
+    Raises:
+        UsageError: the file cannot be written there.
+    """
+    target = Path(path)
+    temporary: str | None = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}-", delete=False
+        ) as file:
+            temporary = file.name
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(target)
+        temporary = None
+    except OSError as error:
+        raise UsageError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Terminal
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, control characters escaped: names and messages may carry anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def print_compress(console: Console, result: CompressResult) -> None:
+    """The before/after table, what was left alone and why, what became integer, the warnings, and where the file is."""
+    if result.after is None:
+        _print_dry_run(console, result)
+        return
+    console.print(_before_after(result, result.after))
+    if result.report is not None:
+        _print_refusals(console, result.report.refusals)
+    if result.audit is not None:
+        _print_audit(console, result)
+    print_warnings(console, result.warnings)
+    if result.saved is not None:
+        console.print(f"written: {printable(str(result.saved.path))} ({_bytes(result.saved.bytes)})")
+
+
+def print_warnings(console: Console, warnings: Iterable[str]) -> None:
+    """One line a warning."""
+    for warning in warnings:
+        console.print(f"warning: {printable(warning)}", style="yellow")
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 or i == len(columns) - 1 else "right", overflow="fold")
+    return table
+
+
+def _before_after(result: CompressResult, after: Any) -> Table:
+    before = result.before
+    table = _table("", "original", "result", "")
+    for name, old, new, unit in (
+        ("nodes", before.nodes, after.nodes, _count),
+        ("parameters", before.parameters, after.parameters, _count),
+        ("MACs", before.macs, after.macs, _count),
+        ("bytes on disk", before.bytes, after.bytes, _bytes),
+    ):
+        table.add_row(name, unit(old), unit(new), f"{new / old:.3g}x" if old else "")
+    timing = result.benchmark
+    if timing is not None:
+        table.add_row(
+            "time, one thread",
+            _seconds(timing.reference.median_s),
+            _seconds(timing.candidate.median_s),
+            _ratio(timing),
+        )
+    if result.verification is not None:
+        for output in result.verification.outputs:
+            agreement = "" if output.same_argmax is None else f", agreement {100 * output.same_argmax:.2f} %"
+            table.add_row(f"output {printable(output.name)}", "", "", f"SQNR {_decibel(output.sqnr_db)}{agreement}")
+    for metric in result.metrics:
+        change = f"{-metric.drop:+.2f} points"
+        table.add_row(metric.name, f"{metric.original:.4f}", f"{metric.result:.4f}", change)
+    if result.verification is not None:
+        samples = result.verification.samples
+        table.caption = f"outputs judged on {samples} samples ({result.verification.source})"
+        table.caption_justify = "left"
+    return table
+
+
+def _ratio(timing: BenchmarkResult) -> str:
+    return f"{timing.ratio:.2f}x, 95 % interval {timing.low:.2f} to {timing.high:.2f}: {timing.verdict}"
+
+
+def _print_refusals(console: Console, refusals: Sequence[Refusal]) -> None:
+    if not refusals:
+        return
+    console.print(f"left alone, by reason ({len(refusals)}):")
+    _print_groups(console, [(refusal.reason, refusal.node) for refusal in refusals])
+
+
+def _print_groups(console: Console, items: Iterable[tuple[str, str]]) -> None:
+    groups: dict[str, list[str]] = {}
+    for reason, name in items:
+        groups.setdefault(reason, []).append(name)
+    for reason, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+        more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+        console.print(f"  {len(names)}x {printable(reason)}: {printable(', '.join(names[:_NAMES]))}{more}")
+
+
+def _print_audit(console: Console, result: CompressResult) -> None:
+    audit = result.audit
+    if audit is None:
+        return
+    integer = ", ".join(f"{count} {op}" for op, count in sorted(audit.integer.items(), key=lambda item: -item[1]))
+    console.print(f"integer in the runtime: {integer or 'nothing'}")
+    console.print(f"left in the optimised graph: {audit.quantize} quantise, {audit.dequantize} dequantise")
+    if audit.float_nodes:
+        console.print(f"float in the runtime ({len(audit.float_nodes)}):")
+        _print_groups(console, [(f"{op}: {reason}", name) for name, op, reason in audit.float_nodes])
+
+
+def _print_dry_run(console: Console, result: CompressResult) -> None:
+    console.print(f"model: {printable(str(result.model))}: {_size_line(result)}")
+    console.print(f"recipe {printable(result.recipe.source)} for target {printable(result.target)}:")
+    for step in result.recipe.to_dict()["passes"]:
+        for name, options in step.items():
+            told = ", ".join(f"{key}={value}" for key, value in options.items())
+            console.print(f"  {name}{f' ({printable(told)})' if told else ''}")
+    if any(p.name == "insert_qdq" for p in result.recipe.passes):
+        print_plan(console, result.planned)
+    print_warnings(console, result.warnings)
+    console.print(f"dry run: nothing was written to {printable(str(result.output))}")
+
+
+def _size_line(result: CompressResult) -> str:
+    size = result.before
+    figures = (f"{_count(size.nodes)} nodes", f"{_count(size.parameters)} parameters", f"{_count(size.macs)} MACs")
+    return ", ".join((*figures, _bytes(size.bytes)))
+
+
+def print_plan(console: Console, planned: Sequence[PlannedNode]) -> None:
+    """What would become integer, counted by operator, and what would not, by reason."""
+    counts: dict[str, int] = {}
+    for node in planned:
+        if node.integer:
+            counts[node.op] = counts.get(node.op, 0) + 1
+    integer = ", ".join(f"{count} {printable(op)}" for op, count in sorted(counts.items(), key=lambda item: -item[1]))
+    console.print(f"would become integer, once folded: {integer or 'nothing'}")
+    rest = [(f"{node.op}: {node.reason}", node.name) for node in planned if not node.integer]
+    if rest:
+        console.print(f"would stay float ({len(rest)}):")
+        _print_groups(console, rest)
+
+
+def print_inspection(console: Console, inspection: Inspection) -> None:
+    """Operators, parameters, MACs by node, and what would be quantised."""
+    stats = inspection.stats
+    console.print(
+        f"{printable(str(inspection.path))}: opset {inspection.opset}, IR version {inspection.ir_version}, "
+        f"{_bytes(inspection.bytes)}, {_count(stats.nodes)} nodes, {_count(stats.parameters)} parameters, "
+        f"{_count(inspection.macs)} MACs"
+    )
+    for kind, tensors in (("input", inspection.inputs), ("output", inspection.outputs)):
+        for tensor in tensors:
+            console.print(f"{kind} {printable(tensor.name)}: {tensor.dtype} {_shape(tensor.shape)}")
+    operators = _table("operator", "count", "MACs", "share")
+    macs: dict[str, int] = {}
+    for node in inspection.nodes:
+        macs[node.op] = macs.get(node.op, 0) + (node.macs or 0)
+    for op, count in sorted(stats.operators.items(), key=lambda item: (-macs.get(item[0], 0), -item[1], item[0])):
+        used = macs.get(op, 0)
+        operators.add_row(printable(op), str(count), _count(used) if used else "", _share(used, inspection.macs))
+    console.print(operators)
+    heavy = sorted((node for node in inspection.nodes if node.macs), key=lambda node: -(node.macs or 0))
+    if heavy:
+        nodes = _table("node", "operator", "MACs", "output shape", "share")
+        for node in heavy:
+            nodes.add_row(
+                printable(node.name),
+                printable(node.op),
+                _count(node.macs or 0),
+                _shape(node.shape),
+                _share(node.macs or 0, inspection.macs),
+            )
+        console.print(nodes)
+    print_plan(console, inspection.planned)
+
+
+def print_comparisons(console: Console, outputs: Sequence[OutputComparison]) -> None:
+    """One line an output."""
+    table = _table("output", "max abs", "relative L2", "SQNR", "same argmax")
+    for output in outputs:
+        argmax = "" if output.same_argmax is None else f"{100 * output.same_argmax:.2f} %"
+        table.add_row(
+            printable(output.name),
+            f"{output.max_abs:.3g}",
+            f"{output.relative_l2:.3g}",
+            _decibel(output.sqnr_db),
+            argmax,
+        )
+    console.print(table)
+
+
+def print_benchmark(console: Console, result: BenchmarkResult) -> None:
+    """Both models' times beside each other, and the verdict."""
+    a, b = result.reference, result.candidate
+    table = _table("", "A", "B", "")
+    table.add_row("median", _seconds(a.median_s), _seconds(b.median_s), f"B is {_ratio(result)}")
+    for name, x, y in (
+        ("p50", a.p50_s, b.p50_s),
+        ("p90", a.p90_s, b.p90_s),
+        ("session creation", a.session_creation_s, b.session_creation_s),
+        ("first run", a.first_run_s, b.first_run_s),
+    ):
+        if x is not None and y is not None:
+            table.add_row(name, _seconds(x), _seconds(y), "")
+    table.add_row("bytes on disk", _bytes(a.bytes_on_disk), _bytes(b.bytes_on_disk), "")
+    table.caption = f"{result.pairs} pairs in {result.sessions} sessions"
+    table.caption_justify = "left"
+    console.print(table)
+
+
+def _shape(shape: Sequence[int | str | None] | None) -> str:
+    if shape is None:
+        return "[unknown rank]"
+    return "[" + ", ".join("?" if d is None else printable(str(d)) for d in shape) + "]"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if part and whole else ""
+
+
+def _count(value: int) -> str:
+    return _scaled(value, 1000.0, ("", " k", " M", " G", " T"))
+
+
+def _bytes(value: int) -> str:
+    return _scaled(value, 1000.0, (" B", " kB", " MB", " GB", " TB"))
+
+
+def _scaled(value: int, step: float, units: Sequence[str]) -> str:
+    amount, unit = float(value), 0
+    while amount >= step and unit + 1 < len(units):
+        amount, unit = amount / step, unit + 1
+    return (
+        f"{value}{units[0]}"
+        if unit == 0
+        else f"{amount:.3g}{units[unit]}"
+        if amount < 999.5
+        else f"{amount:.0f}{units[unit]}"
+    )
+
+
+def _seconds(value: float) -> str:
+    if value >= 1.0:
+        return f"{value:.3g} s"
+    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
+
+
+def _decibel(value: float) -> str:
+    return "equal" if value == math.inf else f"{value:.1f} dB"
