@@ -6,7 +6,8 @@ What graphsurgeon gets wrong for us, and where it is mended here:
 - ``Graph.toposort`` recurses as deep as the graph: :func:`sort_nodes`.
 - ``Node`` and ``Tensor`` compare structurally and are unhashable: use ``is`` and ``id()``.
 - ``len(tensor.outputs)`` does not count a graph output: :func:`graph_output_ids`.
-- Import drops metadata, doc strings and overridable initializers: :class:`ModelInfo` carries them.
+- Import drops metadata, doc strings and overridable initializers: :class:`ModelInfo` and :func:`extra` carry them.
+- ``LazyValues`` lets its export rename the shared tensor, and logs to stdout for bfloat16: :class:`StoredValues`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import copy
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,18 +33,24 @@ __all__ = [
     "InputSpec",
     "ModelInfo",
     "Names",
+    "RawAttribute",
+    "StoredValues",
     "attribute",
     "constant_value",
     "copy_graph",
+    "extra",
     "first_output",
     "graph_output_ids",
     "input_specs",
     "model_info",
+    "nested_graphs",
     "normal_domain",
     "redirect",
     "remove_node",
     "remove_nodes",
+    "replace_contents",
     "set_constant",
+    "set_extra",
     "sort_nodes",
     "walk_graphs",
     "walk_nodes",
@@ -55,12 +64,13 @@ class ModelInfo:
     """What an ONNX file holds beside the graph and graphsurgeon has no place for.
 
     It travels on the graph (see :func:`model_info`) and is shared between copies except for the
-    dictionaries, which are copied.
+    dictionaries and lists, which are copied. A nested graph has one too, of which only ``keepsake``, ``defaults``,
+    ``initializer_order`` and ``unread`` are used.
     """
 
     #: metadata_props of the model
     metadata: dict[str, str] = field(default_factory=dict)
-    #: the imported ModelProto without its weights: doc strings, node metadata, attributes of rare types
+    #: the imported ModelProto without nodes and weights: doc strings, value types, annotations, local functions
     keepsake: onnx.ModelProto | None = None
     #: default values of overridable initializers, by the name of the graph input
     defaults: dict[str, gs.Constant] = field(default_factory=dict)
@@ -68,12 +78,82 @@ class ModelInfo:
     source_sha256: str | None = None
     #: True where the source kept its weights in external files
     external_data: bool = False
+    #: names of this graph's initializers in the order of the file: says which scope owns a constant
+    initializer_order: tuple[str, ...] = ()
+    #: initializers that nothing reads; exported until a pass empties the list
+    unread: list[gs.Constant] = field(default_factory=list)
+    #: the files that the graph was read from, which saving never overwrites
+    files: tuple[Path, ...] = ()
 
     def copy(self) -> ModelInfo:
-        """A copy whose dictionaries can be changed without changing this one."""
-        return ModelInfo(
-            dict(self.metadata), self.keepsake, dict(self.defaults), self.source_sha256, self.external_data
-        )
+        """A copy whose dictionaries and lists can be changed without changing this one."""
+        unread = [_copy_tensor(constant) for constant in self.unread]
+        return replace(self, metadata=dict(self.metadata), defaults=dict(self.defaults), unread=unread)
+
+
+@dataclass(frozen=True)
+class RawAttribute:
+    """An attribute that is carried through as it is: sparse tensors, types, references.
+
+    ``proto`` is shared between copies and must not be changed.
+    """
+
+    proto: onnx.AttributeProto
+
+
+class StoredValues(LazyValues):  # type: ignore[misc]
+    """Values of a constant as the file stores them, decoded when they are first needed.
+
+    graphsurgeon's own ``LazyValues`` logs to stdout for bfloat16 and fails for the newest types.
+
+    Args:
+        tensor: a TensorProto, or a SparseTensorProto, which loads as its dense equivalent. Shared, never changed.
+        payload: the raw bytes, where ``tensor`` holds all but these.
+    """
+
+    def __init__(
+        self, tensor: onnx.TensorProto | onnx.SparseTensorProto, payload: NDArray[np.uint8] | None = None
+    ) -> None:
+        self.tensor = tensor
+        self.payload = payload
+        self.sparse = isinstance(tensor, onnx.SparseTensorProto)
+        self.shape: tuple[int, ...] = tuple(tensor.dims)
+        self.data_type: int = tensor.values.data_type if self.sparse else tensor.data_type
+        self.dtype: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self.data_type))
+        self.nbytes: int = prod(self.shape) * self.dtype.itemsize
+        self._array: NDArray[Any] | None = None
+
+    def load(self) -> NDArray[Any]:
+        """The read-only array; types below one byte are unpacked."""
+        if self._array is None:
+            self._array = _frozen(self._decoded())
+        return self._array
+
+    def _decoded(self) -> NDArray[Any]:
+        if self.sparse:
+            values = onnx.numpy_helper.to_array(self.tensor.values)
+            indices = onnx.numpy_helper.to_array(self.tensor.indices)
+            dense = np.zeros(self.shape, values.dtype)
+            dense[tuple(indices.T) if indices.ndim == 2 else np.unravel_index(indices, self.shape)] = values
+            return dense
+        if self.payload is None:
+            return onnx.numpy_helper.to_array(self.tensor)
+        whole = onnx.TensorProto(data_type=self.data_type, dims=self.shape, raw_data=self.payload.tobytes())
+        return onnx.numpy_helper.to_array(whole)
+
+
+_EXTRA = "onnxcompress_extra"
+
+
+def extra(item: gs.Node | gs.Constant) -> onnx.NodeProto | onnx.TensorProto | None:
+    """What the file says about a node or a constant beside its contents: doc string, metadata_props, overload."""
+    return item.__dict__.get(_EXTRA)  # type: ignore[no-any-return]
+
+
+def set_extra(item: gs.Node | gs.Constant, proto: onnx.NodeProto | onnx.TensorProto | None) -> None:
+    """Attach ``proto``, which copies of the graph share, so it must not be changed afterwards."""
+    if proto is not None:
+        item.__dict__[_EXTRA] = proto
 
 
 @dataclass(frozen=True)
@@ -100,6 +180,9 @@ def input_specs(graph: Graph) -> list[InputSpec]:
     defaults = model_info(graph).defaults
     specs = []
     for tensor in graph.inputs:
+        kind = getattr(tensor, "type", None) or "tensor_type"
+        if kind != "tensor_type":
+            raise ModelError(f"graph input {tensor.name!r} is a {kind.removesuffix('_type')}; only tensors can be fed")
         if tensor.dtype is None:
             raise ModelError(f"graph input {tensor.name!r} has no type; declare one before compressing")
         dtype = tensor.dtype
@@ -124,6 +207,15 @@ def normal_domain(node: gs.Node) -> str:
     return "" if domain == "ai.onnx" else domain
 
 
+def nested_graphs(node: gs.Node) -> Iterator[Graph]:
+    """The graphs in the attributes of ``node``, without those nested in them."""
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            yield value
+        elif isinstance(value, list):
+            yield from (item for item in value if isinstance(item, gs.Graph))
+
+
 def walk_graphs(graph: Graph) -> Iterator[Graph]:
     """``graph`` and every graph nested in its nodes' attributes, outermost first."""
     queue = [graph]
@@ -131,7 +223,7 @@ def walk_graphs(graph: Graph) -> Iterator[Graph]:
         current = queue.pop()
         yield current
         for node in current.nodes:
-            queue.extend(value for value in node.attrs.values() if isinstance(value, gs.Graph))
+            queue.extend(nested_graphs(node))
 
 
 def walk_nodes(graph: Graph) -> Iterator[gs.Node]:
@@ -180,30 +272,28 @@ def constant_value(tensor: gs.Tensor) -> NDArray[Any] | None:
     if isinstance(value, gs.Constant):
         return _dense_values(value)
     for name, dtype in _CONSTANT_SCALARS.items():
-        if name in node.attrs and not isinstance(node.attrs[name], gs.Node.AttributeRef):
+        if isinstance(node.attrs.get(name), int | float | list):
             return _frozen(np.array(node.attrs[name], dtype))
     return None
 
 
-_PACKED_TYPES = {
-    onnx.TensorProto.STRING,
-    onnx.TensorProto.INT4,
-    onnx.TensorProto.UINT4,
-    onnx.TensorProto.FLOAT4E2M1,
-}
-
-
 def _dense_values(constant: gs.Constant) -> NDArray[Any] | None:
     values = constant._values
-    if isinstance(values, np.ndarray):
-        return _frozen(values)
-    if type(values) is not LazyValues:  # sparse
+    if isinstance(values, StoredValues):
+        if values.sparse or not _is_numeric(values.dtype):
+            return None
+        return values.load()  # the constant keeps its stored form, so that reading does not change the file
+    if not isinstance(values, np.ndarray) or not _is_numeric(values.dtype):
         return None
-    if values.tensor.data_type in _PACKED_TYPES:
-        return None
-    array = onnx.numpy_helper.to_array(values.tensor)
-    constant.values = _frozen(array)
-    return constant.values  # type: ignore[no-any-return]
+    return _frozen(values)
+
+
+_PACKED_TYPES = frozenset({"int2", "uint2", "int4", "uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn"})
+
+
+def _is_numeric(dtype: np.dtype[Any]) -> bool:
+    """False for strings and for types below one byte."""
+    return dtype.kind not in "OSU" and dtype.name not in _PACKED_TYPES
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:
@@ -218,7 +308,7 @@ def set_constant(node: gs.Node, index: int, name: str, value: NDArray[Any]) -> g
 
     ``name`` must be free (see :class:`Names`) unless the old constant had no other user.
     """
-    constant = gs.Constant(name, _frozen(np.ascontiguousarray(value)))
+    constant = gs.Constant(name, _frozen(np.asarray(value, order="C")))  # ascontiguousarray has no scalars
     while len(node.inputs) <= index:
         node.inputs.append(gs.Variable.empty())
     node.inputs[index] = constant
@@ -297,10 +387,9 @@ def sort_nodes(graph: Graph) -> None:
     followers: list[list[int]] = [[] for _ in nodes]
     for i, node in enumerate(nodes):
         read = [t for t in node.inputs if t.name]
-        for value in node.attrs.values():
-            if isinstance(value, gs.Graph):
-                read.extend(t for inner in walk_nodes(value) for t in inner.inputs)
-                read.extend(t for part in walk_graphs(value) for t in part.outputs)
+        for value in nested_graphs(node):
+            read.extend(t for inner in walk_nodes(value) for t in inner.inputs)
+            read.extend(t for part in walk_graphs(value) for t in part.outputs)
         producers = {position[id(p)] for t in read for p in t.inputs if id(p) in position}
         producers.discard(i)
         waiting[i] = len(producers)
@@ -342,8 +431,9 @@ def _copy_graph(graph: Graph, mapping: dict[int, gs.Tensor]) -> Graph:
     for node in graph.nodes:
         for tensor in (*node.outputs, *node.inputs):
             mapped(tensor)
-    nodes = [
-        gs.Node(
+    nodes = []
+    for node in graph.nodes:
+        copied = gs.Node(
             node.op,
             node.name,
             {name: _copy_attribute(value, mapping) for name, value in node.attrs.items()},
@@ -351,8 +441,8 @@ def _copy_graph(graph: Graph, mapping: dict[int, gs.Tensor]) -> Graph:
             [mapped(t) for t in node.outputs],
             node.domain,
         )
-        for node in graph.nodes
-    ]
+        set_extra(copied, extra(node))
+        nodes.append(copied)
     twin = gs.Graph(
         nodes=nodes,
         inputs=inputs,
@@ -376,7 +466,9 @@ def _copy_tensor(tensor: gs.Tensor) -> gs.Tensor:
         values = tensor._values
         if isinstance(values, np.ndarray):
             values = _frozen(values)
-        return gs.Constant(tensor.name, values, tensor.data_location, tensor._export_dtype)
+        twin = gs.Constant(tensor.name, values, tensor.data_location, tensor._export_dtype)
+        set_extra(twin, extra(tensor))
+        return twin
     shape = list(tensor.shape) if tensor.shape is not None else None
     return gs.Variable(tensor.name, tensor.dtype, shape, tensor.type)
 
@@ -386,6 +478,20 @@ def _copy_attribute(value: Any, mapping: dict[int, gs.Tensor]) -> Any:
         return _copy_graph(value, mapping)
     if isinstance(value, gs.Tensor):
         return _copy_tensor(value)
-    if isinstance(value, list | dict | np.ndarray):
+    if isinstance(value, list):
+        return [_copy_attribute(item, mapping) for item in value]
+    if isinstance(value, dict | np.ndarray):
         return copy.deepcopy(value)
     return value
+
+
+def replace_contents(graph: Graph, other: Graph) -> None:
+    """Make ``graph`` what ``other`` is; ``other`` must not be used afterwards."""
+    graph.nodes = other.nodes
+    graph.inputs = other.inputs
+    graph.outputs = other.outputs
+    graph.opset = other.opset
+    graph.import_domains = other.import_domains
+    graph.ir_version = other.ir_version
+    if "onnxcompress_info" in other.__dict__:
+        graph.__dict__["onnxcompress_info"] = other.__dict__["onnxcompress_info"]
