@@ -280,7 +280,6 @@ _judge_options = _options(
     ),
     click.option("--target", metavar="NAME", help="What to compress for; default: the recipe's target, or cpu."),
     click.option("--random-data", is_flag=True, help="Calibrate on random data: the accuracy is then unknown."),
-    click.option("--force", is_flag=True, help="Write the result although it misses a budget."),
     click.option(
         "--report", metavar="FILE", type=_FILE, help="Write the full report as JSON: every change and refusal."
     ),
@@ -355,6 +354,7 @@ def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> N
     metavar="S",
     help="About how long that may take.",
 )
+@click.option("--force", is_flag=True, help="Write the result although it misses a budget.")
 @click.option("--save-recipe", metavar="FILE", type=_FILE, help="Write the recipe with everything that was decided.")
 @click.option("--dry-run", is_flag=True, help="Check model, recipe and data, print the plan, write nothing.")
 @_output_options
@@ -431,7 +431,7 @@ def compare(
         worst = max(outputs, key=lambda o: o.relative_l2 if o.relative_l2 == o.relative_l2 else float("inf"))
         if not worst.relative_l2 <= tolerance:
             raise AccuracyError(
-                f"output {worst.name!r} has a relative L2 error of {worst.relative_l2:.3g}; the tolerance is {tolerance:g}"
+                f"output {worst.name!r} has a relative L2 of {worst.relative_l2:.3g}; the tolerance is {tolerance:g}"
             )
 
 
@@ -593,9 +593,8 @@ def _pass_command(name: str) -> click.Command:
         )
         _finish(terminal, result, report)
 
-    command = click.command(name, help=_help(cls), short_help=PASSES[name].summary)(callback)
-    for decorate in (_output_options, _verify_option, _judge_options, _data_options, _output_option):
-        command = decorate(command)
+    shared = _options(_output_option, _data_options, _judge_options, _verify_option, _output_options)
+    command = click.command(name, help=_help(cls), short_help=PASSES[name].summary)(shared(callback))
     command.params[:0] = [click.Argument(["model"], type=_MODEL), *fields.values()]
     return command
 
