@@ -40,7 +40,6 @@ from onnxcompress.graph import (
     constant_value,
     first_output,
     graph_output_ids,
-    input_specs,
     normal_domain,
     remove_nodes,
     set_constant,
@@ -153,7 +152,7 @@ class _Folder:
         )
         if not wanted:
             return {}
-        declared = {s.name: s.shape for s in input_specs(self.graph) if s.shape is not None}
+        declared = {t.name: tuple(t.shape) for t in self.graph.inputs if t.shape is not None}
         types = infer_shapes(self.graph, declared)
         tensors = [*self.graph.inputs, *(t for node in self.graph.nodes for t in node.outputs)]
         return {id(t): (t, shape) for t in tensors if t.name in types and (shape := types[t.name].shape) is not None}
