@@ -13,6 +13,8 @@ Everything streams: memory does not grow with the number of samples. Nothing is 
 from __future__ import annotations
 
 from onnxcompress.data.dataset import Batch, Dataset
+from onnxcompress.data.images import Preprocess
 from onnxcompress.data.sources import open_data
+from onnxcompress.data.synthetic import synthetic_data
 
-__all__ = ["Batch", "Dataset", "open_data"]
+__all__ = ["Batch", "Dataset", "Preprocess", "open_data", "synthetic_data"]

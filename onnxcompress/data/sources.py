@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from onnxcompress.data.columns import Column, MemoryColumn, Spool, npy_column, npz_columns
 from onnxcompress.data.dataset import Chunk, Dataset, default_batch
 from onnxcompress.data.fit import LABEL_NAMES, Fitter, describe_spec
+from onnxcompress.data.order import ARRAY_SUFFIXES, IMAGE_SUFFIXES, natural_order
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import InputSpec
 from onnxcompress.user_code import is_function_reference, load_function, user_errors
@@ -22,9 +22,7 @@ from onnxcompress.user_code import is_function_reference, load_function, user_er
 if TYPE_CHECKING:
     from onnxcompress.data.images import Preprocess
 
-__all__ = ["natural_order", "open_data"]
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+__all__ = ["open_data"]
 
 _KINDS = "a .npz or .npy file, a folder of them, a folder of images, or file.py:function"
 
@@ -113,7 +111,7 @@ def _open_path(path: Path, specs: Sequence[InputSpec], preprocess: Preprocess | 
         return _open_folder(path, specs, preprocess)
     _no_preprocess(preprocess, str(path))
     suffix = path.suffix.lower()
-    if suffix in (".npz", ".npy"):
+    if suffix in ARRAY_SUFFIXES:
         return _rows(_file_columns(path, specs), specs, str(path))
     if suffix in IMAGE_SUFFIXES:
         raise DataError(f"{path} is a single image; give the folder that it is in")
@@ -140,7 +138,7 @@ def _only_input(specs: Sequence[InputSpec], origin: str) -> str:
 
 def _open_folder(path: Path, specs: Sequence[InputSpec], preprocess: Preprocess | None) -> Dataset:
     files = sorted((f for f in path.iterdir() if f.is_file() and not f.name.startswith(".")), key=_file_order)
-    arrays = [f for f in files if f.suffix.lower() in (".npz", ".npy")]
+    arrays = [f for f in files if f.suffix.lower() in ARRAY_SUFFIXES]
     images = any(f.suffix.lower() in IMAGE_SUFFIXES for f in path.rglob("*") if not f.name.startswith("."))
     if arrays and images:
         raise DataError(f"{path}: holds both images and arrays ({arrays[0].name}); keep one kind in a folder")
@@ -168,11 +166,6 @@ def _one_file_an_input(files: Sequence[Path], specs: Sequence[InputSpec]) -> dic
     if any(name not in names and name.lower() not in LABEL_NAMES for name in by_name):
         return None
     return by_name
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts ``batch_10`` after ``batch_9``."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def _file_order(path: Path) -> list[tuple[int, str]]:
