@@ -67,15 +67,15 @@ def test_nested_work_has_a_line_each() -> None:
 def test_nothing_is_drawn_while_paused_and_no_thread_runs() -> None:
     console, file = terminal()
     progress = RichProgress(console, patience=0.0)
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     for _ in progress.track([1], "outer"):
         wait_for(lambda: "outer" in file.getvalue())
         with progress.paused():
-            wait_for(lambda: threading.active_count() == threads)
+            wait_for(lambda: set(threading.enumerate()) <= before)
             written, drawn = len(file.getvalue()), file.getvalue().count("outer")
             for _ in progress.track([1, 2], "measured"):
                 time.sleep(0.05)
-            assert threading.active_count() == threads
+            assert set(threading.enumerate()) <= before
             assert len(file.getvalue()) == written
         wait_for(lambda count=drawn: file.getvalue().count("outer") > count)
 
@@ -83,11 +83,11 @@ def test_nothing_is_drawn_while_paused_and_no_thread_runs() -> None:
 def test_an_exception_leaves_a_clean_screen() -> None:
     console, file = terminal()
     progress = RichProgress(console, patience=0.0)
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(ValueError, match="stop"):
         for _ in progress.track([1], "work"):
             wait_for(lambda: "work" in file.getvalue())
             raise ValueError("stop")
     progress.close()
-    wait_for(lambda: threading.active_count() == threads)
+    wait_for(lambda: set(threading.enumerate()) <= before)
     assert list(progress.track([1], "again")) == [1]
