@@ -32,6 +32,7 @@ __all__ = [
     "Change",
     "Context",
     "Decision",
+    "Detail",
     "Guarantee",
     "Pass",
     "PassReport",
@@ -81,6 +82,14 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Detail:
+    """A fact for the report under a key of its own, for example the fusion audit; plain JSON types only."""
+
+    key: str
+    value: Any
+
+
+@dataclass(frozen=True)
 class PassReport:
     """What one pass did. ``decisions`` overrides ``options`` in a saved recipe."""
 
@@ -93,6 +102,7 @@ class PassReport:
     after: GraphStats
     seconds: float
     warnings: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
     #: reports of the passes of a pipeline, in order
     children: tuple[PassReport, ...] = ()
 
@@ -183,7 +193,7 @@ class Pass(BaseModel, ABC):
         """Raise an :class:`~onnxcompress.errors.OnnxCompressError` where the pass cannot start."""
 
     @abstractmethod
-    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision]:
+    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
         """Change ``graph`` in place and yield what was done, refused and decided."""
 
     def ensures(self, before: Graph, after: Graph, context: Context) -> None:  # noqa: B027 - an optional hook
@@ -203,6 +213,7 @@ class Pass(BaseModel, ABC):
         changes: list[Change] = []
         refusals: list[Refusal] = []
         decisions: dict[str, Any] = {}
+        details: dict[str, Any] = {}
         for item in self.apply(after, context):
             match item:
                 case Change():
@@ -211,6 +222,8 @@ class Pass(BaseModel, ABC):
                     refusals.append(item)
                 case Decision():
                     decisions[item.option] = item.value
+                case Detail():
+                    details[item.key] = item.value
         sort_nodes(after)
         self.ensures(graph, after, context)
         report = PassReport(
@@ -223,5 +236,6 @@ class Pass(BaseModel, ABC):
             after=graph_stats(after),
             seconds=time.perf_counter() - start,
             warnings=tuple(context.warnings[warned:]),
+            details=details,
         )
         return PassResult(after, report, self.kept())

@@ -1,0 +1,162 @@
+"""The fusion audit: what the runtime really runs as integers, read from the graph as the runtime optimises it.
+
+A QDQ file is only a request. Whether Conv between two pairs becomes QLinearConv is up to the runtime's optimiser, and a
+pair that it leaves in place costs time and accuracy for nothing. The audit optimises the model as the runtime does
+(level EXTENDED), counts integer operators, left-over QuantizeLinear and DequantizeLinear, and names every float operator
+with its reason; against a placement it also lists each unit that did not become what the rule table says.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from onnxcompress.graph import Graph
+from onnxcompress.placement import Placement, why
+from onnxcompress.session import Session
+from onnxcompress.targets import Role, Target
+
+__all__ = ["FloatNode", "FusionAudit", "Mismatch", "audit", "optimized_structure"]
+
+_EXTRA_INTEGER_OPS = {
+    "QGemm",
+    "QAttention",
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+    "DynamicQuantizeLSTM",
+    "QEmbedLayerNormalization",
+}
+_CONVERSIONS = {"QuantizeLinear", "DequantizeLinear"}
+_FLOAT_TYPES = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+
+
+@dataclass(frozen=True)
+class FloatNode:
+    """An operator of the optimised graph that computes in floats, and why."""
+
+    node: str
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A unit that was placed on integers and that the runtime left in floats."""
+
+    node: str
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True)
+class FusionAudit:
+    """What is integer and what is not in the optimised graph.
+
+    Attributes:
+        integer: count by operator type, data movement on integers included.
+        floats: every operator that computes in floats.
+        quantize: QuantizeLinear left in the graph (conversions of activations).
+        dequantize: DequantizeLinear left.
+        mismatches: placed on integers, yet float; empty without a placement.
+    """
+
+    integer: dict[str, int]
+    floats: tuple[FloatNode, ...]
+    quantize: int
+    dequantize: int
+    mismatches: tuple[Mismatch, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return asdict(self)
+
+
+def optimized_structure(model: Graph | onnx.ModelProto | str | os.PathLike[str]) -> onnx.ModelProto:
+    """The model as onnxruntime's CPU provider optimises it at level EXTENDED, without the payload of its weights."""
+    with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
+        path = Path(folder) / "optimized.onnx"
+        # Weights go to a file of their own, which is never read: only the structure matters.
+        config = {
+            "session.optimized_model_external_initializers_file_name": "weights.bin",
+            "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        }
+        Session(model, optimization="extended", threads=1, optimized_path=path, config=config)
+        return onnx.load(path, load_external_data=False)
+
+
+def audit(
+    model: Graph | onnx.ModelProto | str | os.PathLike[str], target: Target, placement: Placement | None = None
+) -> FusionAudit:
+    """Compare what became integer with what the rule table promises.
+
+    Args:
+        model: the quantised model; any model can be audited.
+        target: the rule table.
+        placement: what was planned; without it nothing can be a mismatch.
+    """
+    graph = optimized_structure(model).graph
+    types = _element_types(graph)
+    integer: Counter[str] = Counter()
+    conversions: Counter[str] = Counter()
+    planned = {unit.node.name: unit for unit in placement.units} if placement is not None else {}
+    folded = {unit.activation.name: unit for unit in planned.values() if unit.activation is not None}
+    floats: list[FloatNode] = []
+    for node in graph.node:
+        if node.op_type in _CONVERSIONS:
+            conversions[node.op_type] += 1
+        elif _is_integer(node, target, types):
+            integer[node.op_type] += 1
+        elif any(types.get(name) in _FLOAT_TYPES for name in (*node.input, *node.output)):
+            unit = planned.get(node.name) or folded.get(node.name)
+            if unit is not None and not unit.integer:
+                reason = why(unit)
+            else:
+                reason = target.float_reasons.get(node.op_type, "it is not among what the runtime fuses here")
+            floats.append(FloatNode(node.name, node.op_type, reason))
+    return FusionAudit(
+        dict(sorted(integer.items())),
+        tuple(floats),
+        conversions["QuantizeLinear"],
+        conversions["DequantizeLinear"],
+        tuple(_mismatches(graph, target, types, placement)) if placement is not None else (),
+    )
+
+
+def _element_types(graph: onnx.GraphProto) -> dict[str, int]:
+    types = {t.name: t.data_type for t in graph.initializer}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        types[value.name] = value.type.tensor_type.elem_type
+    return types
+
+
+def _is_integer(node: onnx.NodeProto, target: Target, types: dict[str, int]) -> bool:
+    if node.op_type.startswith("QLinear") or node.op_type in _EXTRA_INTEGER_OPS:
+        return True
+    rule = target.rules.get(node.op_type)
+    moves = node.op_type == "Concat" or (rule is not None and rule.role in (Role.MOVEMENT, Role.ACTIVATION))
+    eight_bit = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
+    return moves and bool(node.input) and types.get(node.input[0]) in eight_bit
+
+
+def _mismatches(
+    graph: onnx.GraphProto, target: Target, types: dict[str, int], placement: Placement
+) -> list[Mismatch]:
+    """Integer units that some float operator of the optimised graph still stands for, found by name."""
+    by_name = {node.name: node for node in graph.node}
+    found = []
+    for unit in placement.integer_units:
+        assert unit.rule is not None
+        node = by_name.get(unit.node.name)
+        # A node that is gone was fused into an integer neighbour or did nothing; a float one would keep its name.
+        if node is None or _is_integer(node, target, types):
+            continue
+        found.append(Mismatch(unit.node.name, unit.rule.integer_ops[0], node.op_type))
+    return found

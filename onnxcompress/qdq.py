@@ -1,0 +1,270 @@
+"""Writes a placement into a graph: quantisers, dequantisers and integer weights.
+
+The form, per tensor that becomes integer:
+
+- made by an integer operator with its own scales: ``T_float -> QuantizeLinear -> T_quantized -> DequantizeLinear -> T``;
+  whoever read ``T`` still does. The runtime fuses the operator with the pairs around it.
+- made by a float operator or fed to the graph: ``T -> QuantizeLinear -> T_quantized``; integer operators read
+  ``T_dequantized``, float ones go on reading ``T``.
+- made by data movement (Reshape, Slice, Pad, MaxPool, a Concat of equal parameters): the operator itself is written on
+  the integers, ``T_in_quantized -> op -> T_quantized``, so that no fusion has to happen; ``T`` is its dequantised form.
+
+Biases stay float: the runtime stores them as int32 itself. Only where an integer Gemm or MatMul keeps a float output
+does it need an int32 bias in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxcompress.graph import Graph, Names, attribute, constant_value
+from onnxcompress.placement import Placement, Unit, activation_bounds
+from onnxcompress.quantization import QParams, Range, activation_qparams, quantize, weight_qparams
+from onnxcompress.targets import Role
+
+__all__ = ["class_qparams", "insert_quantizers"]
+
+
+def class_qparams(placement: Placement, ranges: Mapping[str, Range]) -> dict[str, QParams]:
+    """Parameters by class representative, from the observed ranges of the class's sources."""
+    params = {}
+    for representative, sources in placement.sources.items():
+        interval = ranges[sources[0]]
+        for source in sources[1:]:
+            interval = interval.union(ranges[source])
+        bounds = placement.bounds.get(representative)
+        if bounds is not None:
+            interval = interval.clipped(bounds.low, bounds.high)
+        found = activation_qparams(interval, placement.target.activations)
+        params[representative] = found if bounds is None else _inside(found, bounds)
+    return params
+
+
+def _inside(params: QParams, bounds: Range) -> QParams:
+    """Shrink the scale until all that the integers can stand for lies in ``bounds``; only then does a Clip fold."""
+    info = np.iinfo(params.zero_point.dtype)
+    below, above = int(params.zero_point) - info.min, info.max - int(params.zero_point)
+    scale = params.scale
+    while (np.float32(below) * scale > np.float32(-bounds.low)) or (np.float32(above) * scale > np.float32(bounds.high)):
+        limits = [np.float64(scale)]
+        if below:
+            limits.append(-bounds.low / below)
+        if above:
+            limits.append(bounds.high / above)
+        scale = np.nextafter(np.float32(min(limits)), np.float32(0))
+    return QParams(np.array(scale, np.float32), params.zero_point)
+
+
+def insert_quantizers(graph: Graph, placement: Placement, ranges: Mapping[str, Range]) -> Iterator[tuple[gs.Node, str]]:
+    """Rewrite ``graph``, on which ``placement`` was made, in place; yields (node, what became of it).
+
+    Args:
+        graph: the float graph.
+        placement: from :func:`onnxcompress.placement.place` on this very graph.
+        ranges: observed ranges of every tensor in ``placement.sources``.
+    """
+    yield from _Writer(graph, placement, ranges).run()
+
+
+class _Writer:
+    def __init__(self, graph: Graph, placement: Placement, ranges: Mapping[str, Range]) -> None:
+        self.graph = graph
+        self.placement = placement
+        self.params = class_qparams(placement, ranges)
+        self.names = Names(graph)
+        self.kind = placement.target.activations.numpy_dtype
+        self.integers: dict[str, gs.Variable] = {}  # integer form, by the name of the float tensor
+        self.detours: dict[str, gs.Variable] = {}  # dequantised form where the tensor itself stays float
+        self.scales: dict[str, gs.Constant] = {}
+        self.zero_points: dict[tuple[str, bytes, tuple[int, ...]], gs.Constant] = {}
+        self.constants: dict[tuple[str, bytes], gs.Variable] = {}
+
+    def run(self) -> Iterator[tuple[gs.Node, str]]:
+        for name, tensor in self.placement.quantized.items():
+            self._activation(name, tensor)
+        for unit in self.placement.integer_units:
+            if unit.moves:
+                self._move(unit)
+                yield unit.node, f"{unit.node.op} on integers"
+            else:
+                self._compute(unit)
+                yield unit.node, "quantised"
+
+    def _node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, attrs: dict[str, Any] | None = None) -> None:
+        self.graph.nodes.append(gs.Node(op, self.names.free(f"{output.name}_{op}"), attrs or {}, inputs, [output]))
+
+    def _variable(self, label: str, like: gs.Tensor, dtype: np.dtype[Any]) -> gs.Variable:
+        return gs.Variable(self.names.free(label), dtype, list(like.shape) if like.shape is not None else None)
+
+    # ---- activations
+
+    def _activation(self, name: str, tensor: gs.Tensor) -> None:
+        """Give ``tensor`` its integer form, and its dequantised form to those who need one.
+
+        What an integer operator made is read in its dequantised form by everyone, so that form takes over the tensor's
+        name. What a float operator made stays as it is for float readers.
+        """
+        integers = self.integers[name] = self._variable(f"{name}_quantized", tensor, self.kind)
+        maker = self.placement.producer.get(name)
+        readers = self.placement.consumers.get(name, [])
+        if self.placement.writes_float(name):
+            self._node("QuantizeLinear", [tensor, *self._parameters(name)], integers)
+            if any(reader.integer and not reader.moves for reader in readers):
+                detour = self.detours[name] = self._variable(f"{name}_dequantized", tensor, np.dtype(np.float32))
+                self._node("DequantizeLinear", [integers, *self._parameters(name)], detour)
+            return
+        assert maker is not None
+        last = maker.activation if maker.activation is not None else maker.node
+        position = next(i for i, t in enumerate(last.outputs) if t is tensor)
+        if maker.moves:
+            last.outputs[position] = integers
+        else:
+            last.outputs[position] = made = self._variable(f"{name}_float", tensor, np.dtype(np.float32))
+            self._node("QuantizeLinear", [made, *self._parameters(name)], integers)
+        if name in self.placement.outputs or any(not (reader.integer and reader.moves) for reader in readers):
+            self._node("DequantizeLinear", [integers, *self._parameters(name)], tensor)
+
+    def _parameters(self, name: str) -> list[gs.Constant]:
+        representative = self.placement.classes[name]
+        params = self.params[representative]
+        if representative not in self.scales:
+            self.scales[representative] = gs.Constant(self.names.free(f"{representative}_scale"), params.scale)
+        return [self.scales[representative], self._integer_constant(params.zero_point)]
+
+    def _integer_constant(self, value: NDArray[Any]) -> gs.Constant:
+        """Zero points are few, so equal ones are stored once."""
+        key = (str(value.dtype), value.tobytes(), value.shape)
+        if key not in self.zero_points:
+            label = f"zero_point_{int(value)}" if value.ndim == 0 else f"zero_points_{value.shape[0]}"
+            self.zero_points[key] = gs.Constant(self.names.free(label), value)
+        return self.zero_points[key]
+
+    # ---- data movement, on the integers
+
+    def _move(self, unit: Unit) -> None:
+        node = unit.node
+        for index in range(len(node.inputs) if node.op == "Concat" else 1):
+            node.inputs[index] = self.integers[unit.inputs[index].name]
+        params = self.params[self.placement.classes[unit.outputs[0].name]]
+        if node.op == "Pad" and attribute(node, "mode", "constant") == "constant":
+            inputs = list(node.inputs)
+            inputs += [gs.Variable.empty() for _ in range(3 - len(inputs))]
+            inputs[2] = self._integer_constant(params.zero_point)
+            node.inputs = inputs
+        if unit.rule is not None and unit.rule.role is Role.ACTIVATION:
+            self._clip_integers(node, params)
+
+    def _clip_integers(self, node: gs.Node, params: QParams) -> None:
+        """Relu or Clip of what the integers stand for is a Clip of the integers."""
+        bounds = activation_bounds(node)
+        assert bounds is not None
+        info = np.iinfo(self.kind)
+        ends = []
+        for bound, end in ((bounds.low, info.min), (bounds.high, info.max)):
+            value = np.array(end, self.kind)
+            ends.append(quantize(np.array(bound, np.float32), params) if np.isfinite(bound) else value)
+        node.op, node.attrs = "Clip", {}
+        node.inputs = [node.inputs[0], *(self._integer_constant(np.array(end)) for end in ends)]
+
+    # ---- operators with scales of their own
+
+    def _compute(self, unit: Unit) -> None:
+        assert unit.rule is not None
+        node = unit.node
+        weight_index = unit.rule.weight.index if unit.rule.weight is not None else None
+        for index, tensor in enumerate(node.inputs):
+            if not any(tensor is value for value in unit.inputs):
+                continue
+            value = constant_value(tensor)
+            if value is None:
+                node.inputs[index] = self.detours.get(tensor.name, tensor)
+            elif index != weight_index:
+                interval = Range(float(value.min(initial=0.0)), float(value.max(initial=0.0)))
+                params = activation_qparams(interval, self.placement.target.activations)
+                node.inputs[index] = self._constant(tensor, quantize(value, params), params, explicit=True)
+        if weight_index is not None and constant_value(node.inputs[weight_index]) is not None:
+            self._weight(unit, weight_index)
+
+    def _constant(self, tensor: gs.Tensor, integers: NDArray[Any], params: QParams, *, explicit: bool) -> gs.Variable:
+        """A stored integer constant and its DequantizeLinear, shared where tensor and parameters are.
+
+        ``explicit`` writes the zero points although they are zero.
+        """
+        key = (tensor.name, params.scale.tobytes())
+        if key not in self.constants:
+            inputs: list[gs.Tensor] = [
+                gs.Constant(self.names.free(f"{tensor.name}_quantized"), integers),
+                gs.Constant(self.names.free(f"{tensor.name}_scale"), params.scale),
+            ]
+            if explicit:
+                inputs.append(self._integer_constant(params.zero_point))
+            label = self.names.free(f"{tensor.name}_dequantized")
+            result = gs.Variable(label, np.dtype(np.float32), list(integers.shape))
+            self._node("DequantizeLinear", inputs, result, {} if params.axis is None else {"axis": params.axis})
+            self.constants[key] = result
+        return self.constants[key]
+
+    def _weight(self, unit: Unit, index: int) -> None:
+        assert unit.rule is not None and unit.rule.weight is not None
+        node, rule = unit.node, unit.rule.weight
+        tensor = node.inputs[index]
+        weight = constant_value(tensor)
+        assert weight is not None
+        axis = rule.axis(node, weight.ndim)
+        bias = self._bias(node, rule.bias, weight.shape[axis])
+        if node.op == "Gemm":  # the integer kernel knows alpha and beta of one only
+            weight = weight * np.float32(attribute(node, "alpha", 1.0))
+            node.attrs = {k: v for k, v in node.attrs.items() if k not in ("alpha", "beta")}
+        input_scale = float(self.params[self.placement.classes[unit.inputs[0].name]].scale)
+        params = weight_qparams(weight, self.placement.target.weights, axis, bias=bias, input_scale=input_scale)
+        # The integer Gemm and MatMul are matched only with explicit zero points; Conv saves their bytes.
+        explicit = node.op != "Conv"
+        node.inputs[index] = self._constant(tensor, quantize(weight, params), params, explicit=explicit)
+        writes_float = unit.keeps_float and self._stays_float(unit)
+        if bias is not None and rule.bias is not None:
+            stored = node.inputs[rule.bias]
+            if writes_float:
+                node.inputs[rule.bias] = self._int32(stored, bias, params, input_scale)
+            elif not np.array_equal(constant_value(stored), bias):
+                node.inputs[rule.bias] = gs.Constant(self.names.free(f"{stored.name}_vector"), bias)
+        if node.op == "MatMul" and writes_float:
+            self._bias_of_matmul(unit, params, input_scale)
+
+    def _stays_float(self, unit: Unit) -> bool:
+        name = unit.outputs[0].name
+        return name not in self.placement.quantized or self.placement.writes_float(name)
+
+    def _bias(self, node: gs.Node, index: int | None, channels: int) -> NDArray[np.float32] | None:
+        """The bias as float32 [channels], beta multiplied in; None where the node has none."""
+        if index is None or len(node.inputs) <= index or not node.inputs[index].name:
+            return None
+        value = constant_value(node.inputs[index])
+        assert value is not None
+        if node.op == "Gemm":
+            value = value * np.float32(attribute(node, "beta", 1.0))
+        return np.ascontiguousarray(np.broadcast_to(value.reshape(-1), (channels,)), dtype=np.float32)
+
+    def _int32(self, tensor: gs.Tensor, bias: NDArray[Any], weight: QParams, input_scale: float) -> gs.Variable:
+        scale = (np.float32(input_scale) * weight.scale).astype(np.float32)
+        integers = np.rint(bias.astype(np.float64) / scale.astype(np.float64)).astype(np.int32)
+        params = QParams(scale, np.zeros(scale.shape, np.int32), 0 if scale.ndim else None)
+        return self._constant(tensor, integers, params, explicit=False)
+
+    def _bias_of_matmul(self, unit: Unit, weight: QParams, input_scale: float) -> None:
+        """``MatMul -> Add(bias)`` of known shape: the runtime makes it a Gemm, which needs the bias as int32."""
+        result = unit.outputs[0]
+        known = self.placement.types.get(result.name)
+        if known is None or known.shape is None or not all(isinstance(d, int) for d in known.shape):
+            return
+        if len(result.outputs) != 1 or result.outputs[0].op != "Add":
+            return
+        add = result.outputs[0]
+        index = 1 if add.inputs[0] is result else 0
+        bias = constant_value(add.inputs[index])
+        if bias is not None and bias.shape == (known.shape[-1],):
+            add.inputs[index] = self._int32(add.inputs[index], bias, weight, input_scale)

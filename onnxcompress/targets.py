@@ -1,0 +1,311 @@
+"""What a runtime can run as integers: one rule table per target, read by placement, by `inspect` and by the audit.
+
+The table for ``cpu`` states what ONNX Runtime's CPU execution provider fuses at optimisation level EXTENDED (its QDQ
+selectors) and which of its kernels take 8-bit tensors as they are. A rule that is wrong here shows up as a mismatch in
+the fusion audit, which reads the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcompress.errors import UsageError
+from onnxcompress.graph import attribute, constant_value
+from onnxcompress.quantization import QuantScheme
+from onnxcompress.shapes import TensorType
+
+__all__ = ["CPU", "TARGETS", "OperatorRule", "Role", "Target", "WeightRule", "get_target"]
+
+Types = Mapping[str, TensorType]
+
+
+class Role(Enum):
+    """How an operator takes part in an integer graph."""
+
+    #: multiplies activations with weights: always worth running as integers
+    COMPUTE = "compute"
+    #: has an integer kernel with its own scales for inputs and output
+    ARITHMETIC = "arithmetic"
+    #: moves or selects values, so it runs on the integers as they are and its output shares the input's parameters
+    MOVEMENT = "movement"
+    #: folds into the quantiser behind it, because the quantiser's range ends where the activation's does
+    ACTIVATION = "activation"
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """Where the weight and the bias sit. ``axis`` gives the output channel axis of the weight."""
+
+    index: int
+    axis: Callable[[gs.Node, int], int]
+    bias: int | None = None
+
+
+@dataclass(frozen=True)
+class OperatorRule:
+    """When one operator becomes integer on a target.
+
+    Attributes:
+        role: see :class:`Role`.
+        integer_ops: operator types that the runtime's optimiser turns the node into.
+        inputs: positions of the activations; None for every input.
+        weight: where the weight sits, for compute operators.
+        float_output: the integer kernel can write floats, so that no output quantiser is needed.
+        since: first opset whose operator has the integer kernel.
+        gain: estimated nanoseconds saved per output element by running as integers, on one thread; see placement.
+        refuse: the reason why this node stays float although its operator is in the table, or None.
+    """
+
+    role: Role
+    integer_ops: tuple[str, ...]
+    inputs: tuple[int, ...] | None = (0,)
+    weight: WeightRule | None = None
+    float_output: bool = False
+    since: int = 1
+    gain: float = 0.1
+    refuse: Callable[[gs.Node, Types, int], str | None] = field(default=lambda node, types, opset: None)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime and device: integer types, the rule table, and the reasons for operators that are not in it."""
+
+    name: str
+    description: str
+    activations: QuantScheme
+    weights: QuantScheme
+    rules: Mapping[str, OperatorRule]
+    #: why well-known operators have no rule
+    float_reasons: Mapping[str, str]
+    #: QuantizeLinear with per-channel weights needs this opset
+    minimum_opset: int
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conditions
+
+
+def _rank(tensor: gs.Tensor, types: Types) -> int | None:
+    if isinstance(tensor, gs.Constant):
+        return len(tensor.shape)
+    known = types.get(tensor.name)
+    return None if known is None or known.shape is None else len(known.shape)
+
+
+def _has_input(node: gs.Node, index: int) -> bool:
+    return len(node.inputs) > index and bool(node.inputs[index].name)
+
+
+def _weight_reason(node: gs.Node, index: int) -> str | None:
+    if not _has_input(node, index):
+        return "it has no weight"
+    value = constant_value(node.inputs[index])
+    if value is None:
+        return f"its weight {node.inputs[index].name!r} is not constant"
+    if value.dtype != np.float32:
+        return f"its weight is {value.dtype}, not float32"
+    if not value.size:
+        return "its weight is empty"
+    if not np.isfinite(value).all():
+        return f"its weight {node.inputs[index].name!r} holds values that are not finite"
+    return None
+
+
+def _bias_reason(node: gs.Node, index: int, channels: int, *, broadcasts: bool = False) -> str | None:
+    if not _has_input(node, index):
+        return None
+    bias = constant_value(node.inputs[index])
+    if bias is None:
+        return f"its bias {node.inputs[index].name!r} is not constant"
+    if not np.isfinite(bias).all():
+        return f"its bias {node.inputs[index].name!r} holds values that are not finite"
+    vector = bias.shape == (channels,) or (broadcasts and (bias.size == 1 or bias.shape == (1, channels)))
+    if not vector:
+        return f"its bias has shape {list(bias.shape)}, and the integer kernel takes [{channels}] only"
+    return None
+
+
+def _conv(node: gs.Node, types: Types, opset: int) -> str | None:
+    reason = _weight_reason(node, 1)
+    if reason is not None:
+        return reason
+    weight = constant_value(node.inputs[1])
+    assert weight is not None
+    return _bias_reason(node, 2, weight.shape[0])
+
+
+def _gemm(node: gs.Node, types: Types, opset: int) -> str | None:
+    reason = _weight_reason(node, 1)
+    if reason is not None:
+        return reason
+    weight = constant_value(node.inputs[1])
+    assert weight is not None
+    return _bias_reason(node, 2, weight.shape[0 if attribute(node, "transB", 0) else 1], broadcasts=True)
+
+
+def _matmul(node: gs.Node, types: Types, opset: int) -> str | None:
+    if constant_value(node.inputs[0]) is not None:
+        return "its left operand is constant, and weights are read from the right one"
+    weight = constant_value(node.inputs[1])
+    if weight is None:
+        return None  # both operands are activations
+    if weight.ndim != 2:
+        return f"its weight has rank {weight.ndim}, and per-channel scales need rank 2"
+    return _weight_reason(node, 1)
+
+
+def _pool(node: gs.Node, types: Types, opset: int) -> str | None:
+    if any(d != 1 for d in attribute(node, "dilations", [])):
+        return "the integer pooling kernel has no dilations"
+    if any(t.name for t in node.outputs[1:]):
+        return "its indices are used"
+    rank = _rank(node.inputs[0], types)
+    return None if rank is not None and rank >= 3 else "the rank of its input is not known to be three or more"
+
+
+def _average_pool(node: gs.Node, types: Types, opset: int) -> str | None:
+    if attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0):
+        return "ceil_mode with count_include_pad counts differently in the integer kernel"
+    return _pool(node, types, opset)
+
+
+def _resize(node: gs.Node, types: Types, opset: int) -> str | None:
+    mode = attribute(node, "mode", "nearest")
+    if mode != "nearest":
+        return f"mode {mode!r} interpolates, and the integer kernel truncates the result"
+    if _has_input(node, 1) and constant_value(node.inputs[1]) is None:
+        return "its region of interest is not constant"
+    return None
+
+
+def _pad(node: gs.Node, types: Types, opset: int) -> str | None:
+    if attribute(node, "mode", "constant") != "constant":
+        return None
+    if not _has_input(node, 2):
+        return None
+    value = constant_value(node.inputs[2])
+    if value is None:
+        return "its padding value is not constant"
+    return None if not value.size or float(value.reshape(-1)[0]) == 0.0 else "it pads with a value other than zero"
+
+
+def _concat(node: gs.Node, types: Types, opset: int) -> str | None:
+    return "it has a single input" if len(node.inputs) < 2 else None
+
+
+def _where(node: gs.Node, types: Types, opset: int) -> str | None:
+    constants = [constant_value(t) for t in node.inputs[1:3]]
+    if any(c is not None and c.size and np.abs(c).max() > 1e4 for c in constants):
+        return "it fills with a huge constant, which leaves no resolution for the other values"
+    return None
+
+
+def _add(node: gs.Node, types: Types, opset: int) -> str | None:
+    for tensor, other in (node.inputs[:2], node.inputs[1::-1]):
+        maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+        if maker is not None and maker.op == "MatMul" and constant_value(maker.inputs[1]) is not None:
+            bias = constant_value(other)
+            if bias is not None and bias.ndim <= 1:
+                return "it adds the bias of a MatMul, whose integer form writes floats: one rounding less"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ONNX Runtime, CPU execution provider
+
+_MOVEMENT = {
+    # operator: first opset whose kernel takes uint8
+    "Reshape": 5,
+    "Flatten": 9,
+    "Transpose": 1,
+    "Squeeze": 1,
+    "Unsqueeze": 1,
+    "Slice": 1,
+    "Gather": 1,
+    "Split": 13,
+    "Expand": 8,
+    "Tile": 6,
+    "DepthToSpace": 1,
+    "SpaceToDepth": 1,
+}
+
+CPU = Target(
+    name="cpu",
+    description="ONNX Runtime CPU provider: uint8 activations, int8 per-channel weights (VNNI, AMX)",
+    activations=QuantScheme("uint8", symmetric=False),
+    weights=QuantScheme("int8", symmetric=True),
+    rules={
+        "Conv": OperatorRule(
+            Role.COMPUTE, ("QLinearConv",), weight=WeightRule(1, lambda node, rank: 0, bias=2), refuse=_conv
+        ),
+        "Gemm": OperatorRule(
+            Role.COMPUTE,
+            ("QGemm",),
+            weight=WeightRule(1, lambda node, rank: 0 if attribute(node, "transB", 0) else 1, bias=2),
+            float_output=True,
+            refuse=_gemm,
+        ),
+        "MatMul": OperatorRule(
+            Role.COMPUTE,
+            ("QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger"),
+            inputs=(0, 1),
+            weight=WeightRule(1, lambda node, rank: rank - 1),
+            float_output=True,
+            refuse=_matmul,
+        ),
+        "Add": OperatorRule(Role.ARITHMETIC, ("QLinearAdd",), inputs=(0, 1), refuse=_add),
+        "Mul": OperatorRule(Role.ARITHMETIC, ("QLinearMul",), inputs=(0, 1)),
+        "Concat": OperatorRule(Role.ARITHMETIC, ("QLinearConcat", "Concat"), inputs=None, gain=0.15, refuse=_concat),
+        "AveragePool": OperatorRule(
+            Role.ARITHMETIC, ("QLinearAveragePool",), gain=0.3, refuse=_average_pool
+        ),
+        "GlobalAveragePool": OperatorRule(
+            Role.ARITHMETIC, ("QLinearGlobalAveragePool",), gain=0.3, refuse=_pool
+        ),
+        "Sigmoid": OperatorRule(Role.ARITHMETIC, ("QLinearSigmoid",), gain=0.2),
+        "LeakyRelu": OperatorRule(Role.ARITHMETIC, ("QLinearLeakyRelu",)),
+        "Where": OperatorRule(Role.ARITHMETIC, ("QLinearWhere",), inputs=(1, 2), refuse=_where),
+        "MaxPool": OperatorRule(Role.MOVEMENT, ("MaxPool",), since=12, gain=0.2, refuse=_pool),
+        "Resize": OperatorRule(Role.MOVEMENT, ("Resize",), since=10, refuse=_resize),
+        "Pad": OperatorRule(Role.MOVEMENT, ("Pad",), since=13, refuse=_pad),
+        **{op: OperatorRule(Role.MOVEMENT, (op,), since=since) for op, since in _MOVEMENT.items()},
+        "Relu": OperatorRule(Role.ACTIVATION, ("Clip",)),
+        "Clip": OperatorRule(Role.ACTIVATION, ("Clip",)),
+    },
+    float_reasons={
+        "Softmax": "an integer Softmax has no resolution for small probabilities; it stays float",
+        "ConvTranspose": "the runtime has no integer ConvTranspose",
+        "LayerNormalization": "the runtime has no integer LayerNormalization",
+        "Gelu": "the runtime has no integer Gelu",
+        "Erf": "the runtime has no integer Erf",
+        "Tanh": "the runtime has no integer Tanh",
+        "HardSwish": "the runtime has no integer HardSwish",
+        "HardSigmoid": "the runtime has no integer HardSigmoid",
+        "Sub": "the runtime has no integer Sub",
+        "Div": "the runtime has no integer Div",
+        "PRelu": "the runtime has no integer PRelu",
+        "ReduceMean": "the runtime has no integer ReduceMean",
+        "BatchNormalization": "the runtime has no integer BatchNormalization; fold it into a Conv or Gemm where one is near",
+        "InstanceNormalization": "the runtime has no integer InstanceNormalization",
+    },
+    minimum_opset=13,
+)
+
+#: Targets by name.
+TARGETS: dict[str, Target] = {CPU.name: CPU}
+
+
+def get_target(name: str) -> Target:
+    """The target called ``name``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in TARGETS:
+        raise UsageError(f"unknown target {name!r}; expected one of {', '.join(TARGETS)}")
+    return TARGETS[name]
