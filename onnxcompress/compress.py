@@ -17,19 +17,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcompress.audit import FusionAudit, audit
 from onnxcompress.base import Context, Guarantee, PassReport, Progress, SilentProgress
 from onnxcompress.benchmark import BenchmarkResult, benchmark
 from onnxcompress.data import Dataset, open_data, synthetic_data
 from onnxcompress.errors import AccuracyError, OnnxCompressError, SlowerError, UsageError
 from onnxcompress.evaluate import Evaluator, checked_metric, evaluate_labels, load_evaluator
 from onnxcompress.graph import Graph, input_specs, model_info
-from onnxcompress.inspect_model import plan, total_macs
+from onnxcompress.inspect_model import PlannedNode, plan, total_macs
 from onnxcompress.io import SavedModel, load, model_bytes, save
 from onnxcompress.recipe import Recipe, load_recipe, with_decisions, with_exclusions
 from onnxcompress.session import Session, import_onnxruntime
 from onnxcompress.shapes import graph_stats
-from onnxcompress.targets import PlannedNode, get_target
+from onnxcompress.targets import get_target
 from onnxcompress.verify import OutputComparison, check_equivalent, compare
 from onnxcompress.version import __version__
 
@@ -124,7 +123,8 @@ class CompressResult:
     verification: Verification | None = None
     metrics: tuple[Metric, ...] = ()
     budget: Budget | None = None
-    audit: FusionAudit | None = None
+    #: the last pass's fusion audit: what the runtime made integer, what not and why
+    audit: Mapping[str, Any] | None = None
     benchmark: BenchmarkResult | None = None
     warnings: tuple[str, ...] = ()
     #: seconds by stage
@@ -369,7 +369,7 @@ class _Job:
                 for _ in self.progress.track(dataset, f"checking the {name}", len(dataset)) if dataset else ():
                     pass
         with self.timed("plan"):
-            planned = plan(graph, self.target, self.progress)
+            planned = plan(graph, self.target, self.recipe, self.progress)
         return replace(self.started(graph), planned=planned)
 
     def started(self, graph: Graph) -> CompressResult:
@@ -411,8 +411,15 @@ class _Job:
         with tempfile.TemporaryDirectory(prefix=".onnxcompress-", dir=self.output.parent) as folder:
             with self.timed("save"):
                 staged = save(done.graph, Path(folder) / self.output.name, provenance=provenance)
-            result = replace(result, recipe=recipe, report=done.report, after=_size(done.graph, staged.bytes))
-            result = self.judged(result, staged, "QuantizeLinear" in done.report.after.operators)
+            audits = [child.details["audit"] for child in done.report.children if "audit" in child.details]
+            result = replace(
+                result,
+                recipe=recipe,
+                report=done.report,
+                after=_size(done.graph, staged.bytes),
+                audit=audits[-1] if audits else None,
+            )
+            result = self.judged(result, staged)
             if result.failure is None or self.force:
                 if result.failure is not None:
                     self.warn(f"{result.failure}; written because of --force")
@@ -423,7 +430,7 @@ class _Job:
 
     # -- judging ----------------------------------------------------------------------------------------------------
 
-    def judged(self, result: CompressResult, staged: SavedModel, quantised: bool) -> CompressResult:
+    def judged(self, result: CompressResult, staged: SavedModel) -> CompressResult:
         """``result`` with everything that is measured on the staged file, and the first budget that it misses."""
         failure: OnnxCompressError | None = None
         if self.verify:
@@ -435,9 +442,6 @@ class _Job:
             result = replace(result, verification=verification, metrics=metrics, budget=budget)
             if budget is not None and not budget.met:
                 failure = AccuracyError(self.missed(budget, verification))
-        if quantised:
-            with self.timed("audit"):
-                result = replace(result, audit=audit(staged.path, get_target(self.target)))
         if self.benchmark and (failure is None or self.force):
             with self.timed("benchmark"):
                 timing = self.timing(staged)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from onnxcompress.graph import Graph, first_output, input_specs, model_info
+from onnxcompress.base import Context, Progress, SilentProgress
+from onnxcompress.canonical import to_canonical_form
+from onnxcompress.graph import Graph, first_output, input_specs, model_info, sort_nodes
 from onnxcompress.io import load, model_bytes
-from onnxcompress.recipe import load_recipe
+from onnxcompress.opset import raise_opset
+from onnxcompress.passes import load_pass
+from onnxcompress.pipeline import Pipeline
+from onnxcompress.placement import explain
+from onnxcompress.recipe import Recipe, load_recipe
 from onnxcompress.shapes import GraphStats, graph_stats, infer_shapes, node_macs
-from onnxcompress.targets import explain, get_target
+from onnxcompress.targets import get_target
 
-if TYPE_CHECKING:
-    from onnxcompress.base import Progress
-    from onnxcompress.targets import PlannedNode
-
-__all__ = ["Inspection", "NodeInfo", "TensorInfo", "inspect_model", "plan", "total_macs"]
+__all__ = ["Inspection", "NodeInfo", "PlannedNode", "TensorInfo", "inspect_model", "plan", "total_macs"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,16 @@ class NodeInfo:
     op: str
     macs: int | None
     shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True)
+class PlannedNode:
+    """Whether a node would become integer, and why or why not."""
+
+    name: str
+    op: str
+    integer: bool
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -108,21 +120,33 @@ def inspect_model(
         macs=sum(macs.values()),
         nodes=nodes,
         target=target,
-        planned=plan(graph, target, progress),
+        planned=plan(graph, target, progress=progress),
     )
 
 
-def plan(graph: Graph, target: str, progress: Progress | None = None) -> tuple[PlannedNode, ...]:
-    """What would become integer on ``target``, and why the rest would not, once the graph has been folded.
+def plan(
+    graph: Graph, target: str, recipe: Recipe | None = None, progress: Progress | None = None
+) -> tuple[PlannedNode, ...]:
+    """What would become integer on ``target``, and why the rest would not, when ``recipe`` reaches its quantiser.
 
-    Folding comes first because it changes the answer: a BatchNormalization stays float, the Conv that it folds into
-    does not.
+    The passes before it run first because they change the answer: a BatchNormalization stays float, the Conv that it
+    folds into does not. The default recipe is ``int8``; a recipe that does not quantise plans nothing.
     """
-    from onnxcompress.base import Context, SilentProgress
-
+    steps = (recipe if recipe is not None else load_recipe("int8")).passes
+    quantiser = load_pass("insert_qdq")
+    position = next((i for i, step in enumerate(steps) if isinstance(step, quantiser)), None)
+    if position is None:
+        return ()
     context = Context(target=target, progress=progress if progress is not None else SilentProgress())
-    folded = load_recipe("lossless").pipeline()(graph, context).graph
-    return tuple(explain(folded, get_target(target)))
+    ready = Pipeline([step for step in steps[:position] if not step.needs_data])(graph, context).graph
+    rules = get_target(target)
+    if ready.opset < rules.minimum_opset:
+        raise_opset(ready, rules.minimum_opset)
+    for _ in to_canonical_form(ready, infer_shapes(ready)):
+        pass
+    sort_nodes(ready)
+    options = steps[position].model_dump(include={"exclude_nodes", "exclude_operators"})
+    return tuple(PlannedNode(*node) for node in explain(ready, rules, **options))
 
 
 def total_macs(graph: Graph) -> int:

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field, SerializeAsAny
 
-from onnxcompress.base import Change, Context, Decision, Guarantee, Pass, PassReport, PassResult, Refusal
+from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, PassReport, PassResult, Refusal
 from onnxcompress.errors import OnnxCompressError
-from onnxcompress.graph import Graph, copy_graph
+from onnxcompress.graph import Graph, copy_graph, replace_contents
 from onnxcompress.shapes import graph_stats
 
 __all__ = ["Kept", "Pipeline", "compose_kept"]
@@ -24,7 +24,7 @@ class Pipeline(Pass):
     """Run ``passes`` in order, each on the result of the one before.
 
     The report holds the reports of the passes as ``children``; its changes, refusals and warnings are theirs in order.
-    A decision of the pass at position ``i`` is found under ``passes[i].name.option``.
+    A decision or detail of the pass at position ``i`` is found under ``passes[i].name.key``.
     """
 
     name: ClassVar[str] = "pipeline"
@@ -74,25 +74,31 @@ class Pipeline(Pass):
             options={},
             changes=tuple(change for report in reports for change in report.changes),
             refusals=tuple(refusal for report in reports for refusal in report.refusals),
-            decisions={
-                f"passes[{i}].{report.name}.{option}": value
-                for i, report in enumerate(reports)
-                for option, value in report.decisions.items()
-            },
+            decisions=_by_position(reports, [report.decisions for report in reports]),
             before=before,
             after=graph_stats(graph),
             seconds=seconds,
             warnings=tuple(dict.fromkeys(warning for report in reports for warning in report.warnings)),
+            details=_by_position(reports, [report.details for report in reports]),
             children=tuple(reports),
         )
 
-    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision]:
+    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
         """Run the passes on ``graph`` itself, for callers that hold a graph of their own."""
         result = self(graph, context)
-        graph.__dict__.update(result.graph.__dict__)  # nodes, inputs, outputs, opset and what travels beside them
+        replace_contents(graph, result.graph)
         yield from result.report.changes
         yield from result.report.refusals
         yield from (Decision(option, value) for option, value in result.report.decisions.items())
+        yield from (Detail(key, value) for key, value in result.report.details.items())
+
+
+def _by_position(reports: Sequence[PassReport], values: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        f"passes[{i}].{report.name}.{key}": value
+        for i, (report, items) in enumerate(zip(reports, values, strict=True))
+        for key, value in items.items()
+    }
 
 
 def compose_kept(first: Kept, second: Kept) -> Kept:

@@ -204,22 +204,31 @@ def with_decisions(recipe: Recipe, report: PassReport) -> Recipe:
 
 
 def with_exclusions(recipe: Recipe, exclude: Sequence[str]) -> Recipe:
-    """``recipe`` with ``exclude`` added to the option of that name of every pass that has one.
+    """``recipe`` with ``exclude`` added to what its passes leave alone: operator types, node names and patterns.
 
     Raises:
         UsageError: no pass of the recipe can exclude operators.
     """
     if not exclude:
         return recipe
-    if not any("exclude" in type(p).model_fields for p in recipe.passes):
-        raise UsageError(f"recipe {recipe.source!r} has no pass that can exclude operators; drop --exclude")
+    from onnx import defs
+
+    options = (
+        ("exclude_operators", [e for e in exclude if defs.has(e)]),
+        (
+            "exclude_nodes",
+            [e for e in exclude if not defs.has(e)],
+        ),
+    )
     passes = []
     for step in recipe.passes:
-        if "exclude" in type(step).model_fields:
-            options = step.model_dump(mode="json", exclude_defaults=True)
-            options["exclude"] = list(dict.fromkeys([*options.get("exclude", []), *exclude]))
-            step = type(step).model_validate(options)
-        passes.append(step)
+        given = step.model_dump(mode="json", exclude_defaults=True)
+        for name, values in options:
+            if values and name in type(step).model_fields:
+                given[name] = list(dict.fromkeys([*given.get(name, []), *values]))
+        passes.append(type(step).model_validate(given))
+    if passes == list(recipe.passes) and not any("exclude_nodes" in type(p).model_fields for p in passes):
+        raise UsageError(f"recipe {recipe.source!r} has no pass that can exclude operators; drop --exclude")
     return replace(recipe, passes=tuple(passes))
 
 

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from onnxcompress.base import PassReport, Refusal
     from onnxcompress.benchmark import BenchmarkResult
     from onnxcompress.compress import CompressResult
-    from onnxcompress.inspect_model import Inspection
-    from onnxcompress.targets import PlannedNode
+    from onnxcompress.inspect_model import Inspection, PlannedNode
     from onnxcompress.verify import OutputComparison
 
 __all__ = [
@@ -92,7 +91,7 @@ def compress_report(result: CompressResult) -> dict[str, Any]:
             {"name": m.name, "original": m.original, "result": m.result, "drop_points": m.drop} for m in result.metrics
         ],
         "budget": None if budget is None else {**asdict(budget), "met": budget.met},
-        "audit": None if result.audit is None else result.audit.to_dict(),
+        "audit": result.audit,
         "benchmark": None if result.benchmark is None else result.benchmark.to_dict(),
         "warnings": list(result.warnings),
         "failure": None if result.failure is None else str(result.failure),
@@ -106,6 +105,7 @@ def _pass_report(report: PassReport) -> dict[str, Any]:
         "name": report.name,
         "options": report.options,
         "decisions": report.decisions,
+        "details": report.details,
         "changes": [asdict(change) for change in report.changes],
         "refusals": [asdict(refusal) for refusal in report.refusals],
         "warnings": list(report.warnings),
@@ -193,7 +193,7 @@ def print_compress(console: Console, result: CompressResult) -> None:
     if result.report is not None:
         _print_refusals(console, result.report.refusals)
     if result.audit is not None:
-        _print_audit(console, result)
+        _print_audit(console, result.audit)
     print_warnings(console, result.warnings)
     if result.saved is not None:
         console.print(f"written: {printable(str(result.saved.path))} ({_bytes(result.saved.bytes)})")
@@ -267,16 +267,13 @@ def _print_groups(console: Console, items: Iterable[tuple[str, str]]) -> None:
         console.print(f"  {len(names)}x {printable(reason)}: {printable(', '.join(names[:_NAMES]))}{more}")
 
 
-def _print_audit(console: Console, result: CompressResult) -> None:
-    audit = result.audit
-    if audit is None:
-        return
-    integer = ", ".join(f"{count} {op}" for op, count in sorted(audit.integer.items(), key=lambda item: -item[1]))
-    console.print(f"integer in the runtime: {integer or 'nothing'}")
-    console.print(f"left in the optimised graph: {audit.quantize} quantise, {audit.dequantize} dequantise")
-    if audit.float_nodes:
-        console.print(f"float in the runtime ({len(audit.float_nodes)}):")
-        _print_groups(console, [(f"{op}: {reason}", name) for name, op, reason in audit.float_nodes])
+def _print_audit(console: Console, audit: Mapping[str, Any]) -> None:
+    counts = sorted(audit["integer"].items(), key=lambda item: -item[1])
+    console.print(f"integer in the runtime: {', '.join(f'{count} {op}' for op, count in counts) or 'nothing'}")
+    console.print(f"conversions left in the optimised graph: {audit['quantize']} Q, {audit['dequantize']} DQ")
+    if audit["floats"]:
+        console.print(f"float in the runtime ({len(audit['floats'])}):")
+        _print_groups(console, [(f"{node['operator']}: {node['reason']}", node["node"]) for node in audit["floats"]])
 
 
 def _print_dry_run(console: Console, result: CompressResult) -> None:

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from pydantic import ValidationError
 
-from onnxcompress.base import Change, Context, Decision, Guarantee, Pass, Refusal
+from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, Refusal
 from onnxcompress.errors import OnnxCompressError, UsageError
 from onnxcompress.graph import Graph, redirect, remove_node
 from onnxcompress.pipeline import Pipeline, compose_kept
@@ -39,7 +39,7 @@ class RemoveFirst(Pass):
     def needs_data(self) -> bool:
         return self.data
 
-    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision]:
+    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
         context.warn("nodes go")
         if len(graph.nodes) < 2:
             yield Refusal(graph.nodes[0].name, "it is the last one")
@@ -50,6 +50,7 @@ class RemoveFirst(Pass):
         remove_node(node)
         yield Change("removed", name)
         yield Decision("weak", self.weak)
+        yield Detail("left", len(graph.nodes))
 
 
 class Recorder:
@@ -77,6 +78,7 @@ def test_reports_are_composed_in_order() -> None:
     assert report.decisions == {"passes[0].remove_first.weak": False, "passes[1].remove_first.weak": True}
     assert (report.before.nodes, report.after.nodes) == (3, 1)
     assert [(c.before.nodes, c.after.nodes) for c in report.children] == [(3, 2), (2, 1), (1, 1)]
+    assert report.details == {"passes[0].remove_first.left": 3, "passes[1].remove_first.left": 2}
     assert report.warnings == ("nodes go",)
     assert report.changed
     assert [n.name for n in graph.nodes] == ["relu0", "relu1", "relu2"]
@@ -125,7 +127,7 @@ def test_apply_works_on_the_graph_itself() -> None:
     graph = chain()
     items = list(Pipeline([RemoveFirst(), RemoveFirst()]).apply(graph, Context()))
     assert [n.name for n in graph.nodes] == ["relu2"]
-    assert [type(i) for i in items] == [Change, Change, Decision, Decision]
+    assert [type(i) for i in items] == [Change, Change, Decision, Decision, Detail, Detail]
 
 
 def test_an_error_in_a_pass_is_not_swallowed() -> None:

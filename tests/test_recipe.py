@@ -180,10 +180,11 @@ def test_decisions_of_another_recipe_are_refused() -> None:
 
 
 def test_exclusions_reach_the_pass_that_knows_them() -> None:
-    recipe = with_exclusions(load_recipe("int8"), ["Softmax", "Softmax"])
-    options = {p.name: p.model_dump(mode="json", exclude_defaults=True) for p in recipe.passes}
-    assert options["insert_qdq"]["exclude"] == ["Softmax"]
-    assert with_exclusions(recipe, ["head"]).passes[-1].model_dump(mode="json")["exclude"] == ["Softmax", "head"]
+    recipe = with_exclusions(load_recipe("int8"), ["Conv", "/head/*", "Conv"])
+    options = recipe.to_dict()["passes"][-1]["insert_qdq"]
+    assert options == {"exclude_nodes": ["/head/*"], "exclude_operators": ["Conv"]}
+    again = with_exclusions(recipe, ["first", "Gemm"]).to_dict()["passes"][-1]["insert_qdq"]
+    assert again == {"exclude_nodes": ["/head/*", "first"], "exclude_operators": ["Conv", "Gemm"]}
 
 
 def test_exclusions_without_such_a_pass_are_refused() -> None:
