@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,10 +12,19 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxcompress.errors import ModelError
 from onnxcompress.graph import Graph, attribute, copy_graph, normal_domain, walk_graphs
 from onnxcompress.proto import to_proto
 
-__all__ = ["GraphStats", "TensorType", "graph_stats", "infer_shapes", "node_macs"]
+__all__ = [
+    "DerivedTypes",
+    "GraphStats",
+    "TensorType",
+    "derive_types",
+    "graph_stats",
+    "infer_shapes",
+    "node_macs",
+]
 
 Shape = tuple[int | str | None, ...]
 
@@ -111,6 +120,39 @@ def infer_shapes(graph: Graph, input_shapes: Mapping[str, Shape] | None = None) 
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type))
         types[initializer.name] = TensorType(dtype, tuple(initializer.dims))
     return types
+
+
+class DerivedTypes:
+    """Types and shapes by tensor, not by name: a nested graph may use a name for something else.
+
+    The tensors are kept alive, since Python gives the id of one that is gone to the next.
+    """
+
+    def __init__(self, known: Iterable[tuple[gs.Tensor, TensorType]] = ()) -> None:
+        self._known = {id(tensor): (tensor, tensor_type) for tensor, tensor_type in known}
+
+    def of(self, tensor: gs.Tensor) -> TensorType | None:
+        """What is known of ``tensor``; None for nothing."""
+        found = self._known.get(id(tensor))
+        return found[1] if found is not None else None
+
+
+def derive_types(graph: Graph) -> DerivedTypes:
+    """Types and shapes of the outermost graph's tensors that follow from the graph inputs alone.
+
+    What the file states for other tensors is not believed: exporters write outputs with the batch of their example,
+    and a rewrite that relies on it would be wrong for every other batch.
+
+    Raises:
+        ModelError: ONNX Inference fails.
+    """
+    declared = {t.name: tuple(t.shape) for t in graph.inputs if t.shape is not None}
+    try:
+        types = infer_shapes(graph, declared)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
+        raise ModelError(f"shape inference fails: {' '.join(str(error).split())[:200]}") from error
+    tensors = [*graph.inputs, *(t for node in graph.nodes for t in node.outputs)]
+    return DerivedTypes((t, types[t.name]) for t in tensors if t.name in types)
 
 
 def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:

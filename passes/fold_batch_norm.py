@@ -33,6 +33,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxcompress.base import Change, Context, Decision, Guarantee, Pass, Refusal
+from onnxcompress.errors import ModelError
 from onnxcompress.graph import (
     Graph,
     Names,
@@ -46,7 +47,7 @@ from onnxcompress.graph import (
     sort_nodes,
     walk_graphs,
 )
-from onnxcompress.shapes import Shape, infer_shapes
+from onnxcompress.shapes import DerivedTypes, Shape, derive_types
 
 __all__ = ["FoldBatchNorm"]
 
@@ -133,33 +134,30 @@ class _Folder:
         self.opset = int(graph.opset)
         self.names = Names(graph)
         self.leaving = graph_output_ids(graph)
-        self.inferred = self._shapes()
+        self.types = self._types()
         #: detached nodes, dropped together at the end
         self.removed: dict[int, gs.Node] = {}
         #: refused nodes by id: the first reason counts
         self.refused: dict[int, Refusal] = {}
         self.local: set[int] = set()
 
-    def _shapes(self) -> dict[int, tuple[gs.Tensor, Shape]]:
-        """Inferred shapes of the outermost graph's tensors, by id; inferred once, and only where a fold may ask.
-
-        The tensors are kept too, since a new tensor may get the id of one that is gone.
-        """
+    def _types(self) -> DerivedTypes:
+        """Types of the outermost graph's tensors; derived once, and only where a fold may ask."""
         wanted = any(
             node.op == "MatMul"
             or (node.op in _ARITHMETIC and any(c.op in _LINEAR for t in node.outputs for c in t.outputs))
             for node in self.graph.nodes
         )
         if not wanted:
-            return {}
-        declared = {t.name: tuple(t.shape) for t in self.graph.inputs if t.shape is not None}
-        types = infer_shapes(self.graph, declared)
-        tensors = [*self.graph.inputs, *(t for node in self.graph.nodes for t in node.outputs)]
-        return {id(t): (t, shape) for t in tensors if t.name in types and (shape := types[t.name].shape) is not None}
+            return DerivedTypes()
+        try:
+            return derive_types(self.graph)
+        except ModelError:  # then shapes are unknown, and what needs them is refused for that reason
+            return DerivedTypes()
 
     def _shape(self, tensor: gs.Tensor) -> Shape | None:
-        known = self.inferred.get(id(tensor))
-        return known[1] if known is not None else None
+        known = self.types.of(tensor)
+        return known.shape if known is not None else None
 
     def run(self) -> Iterator[Change | Refusal]:
         for part in walk_graphs(self.graph):

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxcompress.base import Change, Context, Decision, Guarantee, Pass, Refusal
+from onnxcompress.errors import ModelError
 from onnxcompress.graph import (
     Graph,
     Names,
@@ -44,7 +45,7 @@ from onnxcompress.graph import (
     walk_graphs,
 )
 from onnxcompress.node_evaluation import DATA_MOVEMENT, NotEvaluable, evaluate_node, move_data, shape_range
-from onnxcompress.shapes import Shape, infer_shapes
+from onnxcompress.shapes import DerivedTypes, derive_types
 
 __all__ = ["FoldConstants"]
 
@@ -107,7 +108,7 @@ class _Folder:
         self.removed: dict[int, gs.Node] = {}
         self.refused: dict[int, Refusal] = {}
         self.partial: dict[int, _Partial] = {}
-        self.shapes: dict[int, Shape] = {}
+        self.types = DerivedTypes()
         self.unknowns = 0
         self.progress = False
 
@@ -123,10 +124,9 @@ class _Folder:
             self.progress = False
             self.partial.clear()
             try:
-                self._infer()
-            except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                yield Refusal(str(self.graph.name), f"shape inference fails, so no shape is folded: {reason}")
+                self.types = derive_types(self.graph)
+            except ModelError as error:
+                yield Refusal(str(self.graph.name), f"shapes are not known: {error}")
                 break
             for part in parts:
                 for node in list(part.nodes):
@@ -139,13 +139,6 @@ class _Folder:
             if part is not self.graph:  # the outermost graph is sorted by the caller
                 sort_nodes(part)
         yield from (refusal for key, refusal in self.refused.items() if key not in self.removed)
-
-    def _infer(self) -> None:
-        """Shapes of the outermost graph's tensors by id; tensors stay alive while nodes are only listed as removed."""
-        declared = {t.name: tuple(t.shape) for t in self.graph.inputs if t.shape is not None}
-        types = infer_shapes(self.graph, declared)
-        tensors = [*self.graph.inputs, *(t for node in self.graph.nodes for t in node.outputs)]
-        self.shapes = {id(t): shape for t in tensors if t.name in types and (shape := types[t.name].shape) is not None}
 
     # ---- constant inputs -------------------------------------------------------------------------------------
 
@@ -232,7 +225,11 @@ class _Folder:
     def _dimensions(self, tensor: gs.Tensor) -> list[int | str] | None:
         """The dimensions of ``tensor``, with a name of their own for those without a symbol; None: unknown rank."""
         shape: Sequence[int | str | None] | None
-        shape = tensor.shape if isinstance(tensor, gs.Constant) else self.shapes.get(id(tensor))
+        if isinstance(tensor, gs.Constant):
+            shape = tensor.shape
+        else:
+            known = self.types.of(tensor)
+            shape = known.shape if known is not None else None
         if shape is None:
             return None
         return [d if isinstance(d, int) else (d or f"!{tensor.name}:{axis}") for axis, d in enumerate(shape)]
