@@ -198,15 +198,16 @@ def _conv_transpose_macs(node: gs.Node, types: Mapping[str, TensorType]) -> int 
 
 
 def _gemm_macs(node: gs.Node, types: Mapping[str, TensorType]) -> int | None:
-    out, a = _sizes(node.outputs[0], types), _sizes(node.inputs[0], types)
-    if out is None or a is None or len(a) != 2:
+    out, a, b = (_sizes(t, types) for t in (node.outputs[0], *node.inputs[:2]))
+    if out is None or a is None or b is None or len(a) != 2 or len(b) != 2:
         return None
-    return prod(out) * a[0 if attribute(node, "transA", 0) else 1]
+    # A reshape may leave the inner size symbolic on one side, where it counts as one; the weight knows it.
+    return prod(out) * max(a[0 if attribute(node, "transA", 0) else 1], b[1 if attribute(node, "transB", 0) else 0])
 
 
 def _matmul_macs(node: gs.Node, types: Mapping[str, TensorType]) -> int | None:
-    out, a = _sizes(node.outputs[0], types), _sizes(node.inputs[0], types)
-    return None if out is None or not a else prod(out) * a[-1]
+    out, a, b = (_sizes(t, types) for t in (node.outputs[0], *node.inputs[:2]))
+    return None if out is None or not a or not b else prod(out) * max(a[-1], b[-2 if len(b) > 1 else -1])
 
 
 _MACS = {"Conv": _conv_macs, "ConvTranspose": _conv_transpose_macs, "Gemm": _gemm_macs, "MatMul": _matmul_macs}
