@@ -264,7 +264,7 @@ _data_options = _options(
     click.option(
         "--preprocess",
         metavar="KEY=VALUE,...",
-        help="How images become arrays, e.g. size=256,crop=224,mean=0.5,std=0.25; a preset such as imagenet; a YAML file.",
+        help="How images become arrays, e.g. size=256,crop=224,mean=0.5,std=0.25; a preset (imagenet); a YAML file.",
     ),
     click.option("--batch", type=click.IntRange(1), metavar="N", help="Samples a batch; default: as the data comes."),
     click.option("--samples", type=click.IntRange(1), metavar="N", help="Read at most N samples of --data."),

@@ -190,8 +190,8 @@ def print_compress(console: Console, result: CompressResult) -> None:
         _print_dry_run(console, result)
         return
     console.print(_before_after(result, result.after))
-    if result.report is not None:
-        _print_refusals(console, result.report.refusals)
+    if result.report is not None:  # what a pass with an audit refused is told by the audit
+        _print_refusals(console, [r for c in result.report.children if "audit" not in c.details for r in c.refusals])
     if result.audit is not None:
         _print_audit(console, result.audit)
     print_warnings(console, result.warnings)
@@ -224,7 +224,8 @@ def _before_after(result: CompressResult, after: Any) -> Table:
         ("MACs", before.macs, after.macs, _count),
         ("bytes on disk", before.bytes, after.bytes, _bytes),
     ):
-        table.add_row(name, unit(old), unit(new), f"{new / old:.3g}x" if old else "")
+        note = _conversions(result) if name == "nodes" else ""
+        table.add_row(name, unit(old), unit(new), (f"{new / old:.3g}x" if old else "") + note)
     timing = result.benchmark
     if timing is not None:
         table.add_row(
@@ -238,13 +239,20 @@ def _before_after(result: CompressResult, after: Any) -> Table:
             agreement = "" if output.same_argmax is None else f", agreement {100 * output.same_argmax:.2f} %"
             table.add_row(f"output {printable(output.name)}", "", "", f"SQNR {_decibel(output.sqnr_db)}{agreement}")
     for metric in result.metrics:
-        change = f"{-metric.drop:+.2f} points"
+        change = f"{0.0 - metric.drop:+.2f} points"
         table.add_row(metric.name, f"{metric.original:.4f}", f"{metric.result:.4f}", change)
     if result.verification is not None:
         samples = result.verification.samples
         table.caption = f"outputs judged on {samples} samples ({result.verification.source})"
         table.caption_justify = "left"
     return table
+
+
+def _conversions(result: CompressResult) -> str:
+    """QDQ files have more nodes than the original, which says nothing about the work that is left."""
+    operators = result.report.after.operators if result.report is not None else {}
+    count = operators.get("QuantizeLinear", 0) + operators.get("DequantizeLinear", 0)
+    return f", {count} of them Q and DQ that fuse in the runtime" if count else ""
 
 
 def _ratio(timing: BenchmarkResult) -> str:
