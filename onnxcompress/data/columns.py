@@ -178,7 +178,7 @@ class CompressedColumn(Column):
 class _CompressedReader(Column):
     """The position in one compressed member."""
 
-    _SKIP_BYTES = 1 << 20
+    _PART_BYTES = 1 << 17
 
     def __init__(self, column: CompressedColumn) -> None:
         self.shape, self.dtype = column.shape, column.dtype
@@ -235,7 +235,7 @@ class _CompressedReader(Column):
         target = out.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(target):
-            part = self._stream.read(len(target) - done)
+            part = self._stream.read(min(len(target) - done, self._PART_BYTES))
             if not part:
                 raise EOFError("the data ends early")
             target[done : done + len(part)] = part
@@ -244,7 +244,7 @@ class _CompressedReader(Column):
     def _skip(self, count: int) -> None:
         assert self._stream is not None  # set by _start
         while count > 0:
-            part = self._stream.read(min(count, self._SKIP_BYTES))
+            part = self._stream.read(min(count, self._PART_BYTES))
             if not part:
                 raise EOFError("the data ends early")
             count -= len(part)
