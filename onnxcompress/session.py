@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxcompress.errors import ModelError, RuntimeUnavailableError, UsageError
-from onnxcompress.graph import Graph
-from onnxcompress.proto import to_proto
+from onnxcompress.errors import ModelError, OnnxCompressError, RuntimeUnavailableError, UsageError
+from onnxcompress.graph import Graph, InputSpec
+from onnxcompress.io import PROTOBUF_LIMIT, serialize, write_files
+from onnxcompress.proto import from_proto
 
 __all__ = ["Feeds", "Optimization", "Session", "import_onnxruntime"]
 
@@ -38,11 +41,24 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+#: numpy dtypes of the runtime's type names
+_DTYPES: Mapping[str, Any] = {
+    "tensor(bool)": np.bool_,
+    "tensor(double)": np.float64,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(string)": np.object_,
+    **{f"tensor({name})": np.dtype(name) for name in ("int8", "int16", "int32", "int64")},
+    **{f"tensor(u{name})": np.dtype(f"u{name}") for name in ("int8", "int16", "int32", "int64")},
+}
+
+
 class Session:
     """An onnxruntime session on a graph, a proto, bytes or a file.
 
     Args:
-        model: what to run. A graph is serialised in memory; a file is read by the runtime itself.
+        model: what to run. A graph is serialised in memory, or above 2 GiB into a temporary folder; a file is read
+            by the runtime itself.
         optimization: the runtime's graph optimisation level. Compare models at ``disabled``, time them at ``all``.
         threads: intra-op threads; 0 lets the runtime choose.
         provider: ``cpu`` or ``cuda``.
@@ -70,7 +86,7 @@ class Session:
         if PROVIDERS[provider] not in ort.get_available_providers():
             raise RuntimeUnavailableError(
                 f"onnxruntime {ort.__version__} here has {', '.join(ort.get_available_providers())} but not "
-                f"{PROVIDERS[provider]}; install it with: pip install 'onnxcompress[gpu]' (and remove onnxruntime first)"
+                f"{PROVIDERS[provider]}; install it with: pip install 'onnxcompress[gpu]', and remove onnxruntime first"
             )
         options = ort.SessionOptions()
         options.graph_optimization_level = {
@@ -90,16 +106,27 @@ class Session:
             options.optimized_model_filepath = os.fspath(optimized_path)
         source = _serialised(model)
         try:
-            self._session = ort.InferenceSession(source, options, providers=[PROVIDERS[provider]])
+            if isinstance(source, gs.Graph):
+                # The runtime has read or mapped the weights once it is open, so the files can go.
+                with tempfile.TemporaryDirectory(prefix="onnxcompress-", ignore_cleanup_errors=True) as folder:
+                    path = os.fspath(write_files(source, folder))
+                    self._session = ort.InferenceSession(path, options, providers=[PROVIDERS[provider]])
+            else:
+                self._session = ort.InferenceSession(source, options, providers=[PROVIDERS[provider]])
+        except OnnxCompressError:
+            raise
         except Exception as error:  # onnxruntime's exceptions share no base below Exception
             raise ModelError(f"onnxruntime cannot open the model: {_one_line(error)}") from error
         self.output_names: list[str] = [o.name for o in self._session.get_outputs()]
         self.input_names: list[str] = [i.name for i in self._session.get_inputs()]
+        #: inputs with a default value (overridable initializers), which need not be fed
+        self.optional_names: list[str] = [i.name for i in self._session.get_overridable_initializers()]
 
     def run(self, feeds: Feeds, outputs: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
         """Run one batch: {input name: array} in, {output name: array} out. Inputs that the model lacks are ignored."""
         names = list(outputs) if outputs is not None else self.output_names
-        given = {name: np.ascontiguousarray(feeds[name]) for name in self.input_names if name in feeds}
+        known = (*self.input_names, *self.optional_names)
+        given = {name: np.ascontiguousarray(feeds[name]) for name in known if name in feeds}
         try:
             return dict(zip(names, self._session.run(names, given), strict=True))
         except Exception as error:
@@ -107,14 +134,42 @@ class Session:
 
     __call__ = run
 
+    def bind(self, feeds: Feeds) -> Callable[[], Any]:
+        """A function that runs ``feeds`` and nothing else, for timing: names and arrays are prepared here."""
+        run = self._session.run
+        given = {name: np.ascontiguousarray(feeds[name]) for name in self.input_names}
+        given |= {name: np.ascontiguousarray(feeds[name]) for name in self.optional_names if name in feeds}
+        return lambda: run(None, given)
 
-def _serialised(model: Graph | onnx.ModelProto | bytes | str | os.PathLike[str]) -> bytes | str:
+    def input_specs(self) -> list[InputSpec]:
+        """The inputs as the runtime sees them; overridable initializers come last and are marked optional.
+
+        Raises:
+            ModelError: an input is no tensor, or of a type that numpy lacks.
+        """
+        specs = []
+        for tensor in (*self._session.get_inputs(), *self._session.get_overridable_initializers()):
+            dtype = _DTYPES.get(tensor.type)
+            if dtype is None:
+                raise ModelError(
+                    f"input {tensor.name!r} is a {tensor.type}; expected a tensor of a type that numpy has"
+                )
+            shape = tuple(d if isinstance(d, int | str) and d != "" else None for d in tensor.shape)
+            specs.append(InputSpec(tensor.name, np.dtype(dtype), shape, tensor.name in self.optional_names))
+        return specs
+
+
+def _serialised(model: Graph | onnx.ModelProto | bytes | str | os.PathLike[str]) -> bytes | str | Graph:
+    """What the runtime opens; a graph where the model is too large for one protobuf message."""
     if isinstance(model, bytes):
         return model
-    if isinstance(model, Graph):
-        return to_proto(model).SerializeToString()
     if isinstance(model, onnx.ModelProto):
-        return model.SerializeToString()
+        if sum(tensor.ByteSize() for tensor in model.graph.initializer) < PROTOBUF_LIMIT // 2:
+            return model.SerializeToString()
+        model = from_proto(model)
+    if isinstance(model, gs.Graph):
+        serialised = serialize(model)
+        return model if serialised is None else serialised
     return os.fspath(Path(model))
 
 

@@ -132,7 +132,7 @@ class _Splitter:
         array: Bytes = np.empty(0 if self._skip else length, np.uint8)
         if self._skip:
             self._file.seek(length, os.SEEK_CUR)
-        elif self._file.readinto(array) != length:  # type: ignore[attr-defined]
+        elif self._file.readinto(array.data) != length:  # type: ignore[attr-defined]
             raise WireError("the file ends too early")
         self._position += length
         array.flags.writeable = False
@@ -158,14 +158,14 @@ class _Splitter:
         raise WireError("a number has more than 64 bits")
 
 
-def join(skeleton: bytes, token: bytes, payloads: Mapping[bytes, Payload]) -> tuple[int, Iterator[bytes | Bytes]]:
+def join(skeleton: bytes, token: bytes, payloads: Mapping[bytes, Payload]) -> tuple[int, Iterator[bytes | memoryview]]:
     """Size and pieces of the message that ``skeleton`` becomes with each marker replaced by its payload.
 
     Payloads are read one after another while the pieces are consumed, so that only one is held at a time.
     """
     pieces: list[bytes | Payload] = []
     size = _join(skeleton, 0, len(skeleton), _MODEL, token, payloads, pieces)
-    return size, (piece.read() if isinstance(piece, Payload) else piece for piece in pieces)
+    return size, (piece.read().data if isinstance(piece, Payload) else piece for piece in pieces)
 
 
 def _join(
