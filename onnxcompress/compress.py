@@ -1,8 +1,9 @@
-"""The main job: load -> passes -> save aside -> verify -> measure -> move into place.
+"""The main job: load -> passes -> save aside -> verify -> measure -> save.
 
-Everything is judged on the saved file, not on the graph in memory: the file is what will be served. It is written into
-a hidden folder beside the output and moved into place only when the accuracy budget and the speed limit are met, so a
-miss, an error or Ctrl-C leaves nothing behind and an older output untouched.
+Everything is judged on a saved file, not on the graph in memory: the file is what will be served. That file lies in a
+hidden folder beside the output, which goes away in any case. The output itself is written last, in one atomic step,
+when the accuracy budget and the speed limit are met: a miss, an error or Ctrl-C leaves an older output untouched.
+Saving is deterministic, and the two files' hashes are compared, so what was judged is what is written.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from onnxcompress.session import Session, import_onnxruntime
 from onnxcompress.shapes import graph_stats
 from onnxcompress.targets import get_target
 from onnxcompress.verify import OutputComparison, check_equivalent, compare
-from onnxcompress.version import __version__
 
 if TYPE_CHECKING:
     from onnxcompress.data import Preprocess
@@ -388,7 +388,7 @@ class _Job:
         )
 
     def run(self, graph: Graph) -> CompressResult:
-        """All stages. The last one, moving the file into place, is left out where a budget is missed."""
+        """All stages. The last one, writing the output, is left out where a budget is missed."""
         result = self.started(graph)
         context = Context(
             original=graph,
@@ -405,7 +405,7 @@ class _Job:
         with self.timed("passes"):
             done = self.recipe.pipeline()(graph, context)
         recipe = with_decisions(self.recipe, done.report)
-        provenance = {"source_sha256": result.source_sha256 or "", "recipe": recipe.to_yaml(), "version": __version__}
+        provenance = {"recipe": recipe.to_yaml()}
         if done.kept:
             provenance["kept"] = json.dumps(done.kept, sort_keys=True)
         with tempfile.TemporaryDirectory(prefix=".onnxcompress-", dir=self.output.parent) as folder:
@@ -424,7 +424,12 @@ class _Job:
                 if result.failure is not None:
                     self.warn(f"{result.failure}; written because of --force")
                 with self.timed("save"):
-                    saved = _move(staged, self.output)
+                    saved = save(done.graph, self.output, provenance=provenance, source=self.model)
+                if saved.sha256 != staged.sha256:
+                    raise OnnxCompressError(
+                        f"{self.output} is not what was verified: the same graph was saved with other bytes; "
+                        "this is a bug, please report it"
+                    )
                 result = replace(result, saved=saved, failure=None)
         return replace(result, warnings=tuple(self.warnings))
 
@@ -551,18 +556,3 @@ def _interval(timing: BenchmarkResult) -> str:
 def _size(graph: Graph, size: int) -> ModelSize:
     stats = graph_stats(graph)
     return ModelSize(stats.nodes, stats.parameters, total_macs(graph), size)
-
-
-def _move(staged: SavedModel, output: Path) -> SavedModel:
-    """Move a staged model into place: external data, which is named by its contents, before the file that needs it."""
-    moved = []
-    for file in sorted(staged.files, key=lambda f: f == staged.path):
-        destination = output.parent / file.relative_to(staged.path.parent)
-        file.replace(destination)
-        moved.append(destination)
-    descriptor = os.open(output.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return SavedModel(output, tuple(moved), staged.bytes, staged.sha256)
