@@ -1,0 +1,120 @@
+"""Facts of the machine that a measured time is worth nothing without."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = ["cpu_flags", "cpu_quota", "describe_environment", "has_int8_dot_product"]
+
+#: instruction sets that matter to float32 and int8 kernels, as Linux spells them
+_INSTRUCTION_SETS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
+
+_PACKAGES = ("onnxcompress", "onnxruntime", "onnxruntime-gpu", "onnx", "onnx-graphsurgeon", "numpy")
+
+
+def describe_environment() -> dict[str, Any]:
+    """The machine and the versions, ready for JSON: nothing in it names the host or its user.
+
+    Keys: date (UTC), platform, python, versions (of packages that are installed), cpu, instruction_sets, int8 (True
+    where the CPU multiplies bytes without saturating, None where that is not known), cores, usable_cores,
+    cpu_quota (in cores, None: no limit), load_1min.
+    """
+    flags = cpu_flags()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "cpu": _cpu_name(),
+        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
+        "int8": has_int8_dot_product(flags),
+        "cores": os.cpu_count(),
+        "usable_cores": _usable_cores(),
+        "cpu_quota": cpu_quota(),
+        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The CPU's feature flags as Linux lists them; empty where there is no such list."""
+    for key in ("flags", "Features"):  # x86, ARM
+        value = _cpuinfo(cpuinfo, key)
+        if value:
+            return frozenset(value.split())
+    return frozenset()
+
+
+def has_int8_dot_product(flags: frozenset[str]) -> bool | None:
+    """True where the CPU sums products of bytes in 32 bits (VNNI, AMX, ARM dot product); None for unknown flags.
+
+    Without it x86 sums pairs of products in 16 bits, which saturates.
+    """
+    if not flags:
+        return None
+    return bool(flags & {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"})
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores that the control group may use at once; None where it is not limited or not known."""
+    try:
+        unified = root / "cpu.max"
+        if unified.exists():
+            quota, period = unified.read_text().split()[:2]
+        else:
+            quota = (root / "cpu" / "cpu.cfs_quota_us").read_text()
+            period = (root / "cpu" / "cpu.cfs_period_us").read_text()
+        if quota == "max" or int(quota) <= 0:
+            return None
+        return int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _usable_cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _cpu_name() -> str:
+    return _cpuinfo(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(path: Path, key: str) -> str:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
