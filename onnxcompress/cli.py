@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["cli", "main"]
 
 INTERRUPTED = 130
+TERMINATED = 143
 
 #: errors of the operating system that mean that something ran out
 _EXHAUSTED = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -99,7 +100,13 @@ class Terminal:
 def _console(*, stderr: bool, quiet: bool = False) -> Console:
     from rich.console import Console
 
-    console = Console(stderr=stderr, quiet=quiet, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    class Plain(Console):
+        """Leaves a closed pipe to :func:`_status`; rich's own answer is exit code 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    console = Plain(stderr=stderr, quiet=quiet, markup=False, highlight=False, emoji=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 160  # a pipe has no width; rich would fold tables at 80
     return console
@@ -130,6 +137,14 @@ class _Group(click.Group):
         finally:
             terminal.close()
         sys.exit(status if isinstance(status, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a closed pipe is kept from click, which makes exit code 1 of it."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            _discard_output()
+            return 0
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*super().list_commands(ctx), *PASSES]
@@ -167,13 +182,14 @@ def _status(error: BaseException, terminal: Terminal) -> int:
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
+    if isinstance(error, _Terminated) or isinstance(error.__cause__, _Terminated):
+        return TERMINATED
     if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
         terminal.close()
         terminal.error("interrupted; nothing was left half-written", INTERRUPTED, "Interrupted")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
-        # The reader has gone, which is no error of ours; nothing more may be written, not even by the interpreter.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     if isinstance(error, click.ClickException):
         error.show()
@@ -196,10 +212,22 @@ def _status(error: BaseException, terminal: Terminal) -> int:
     return code
 
 
+def _discard_output() -> None:
+    """The reader has gone, which is no error of ours: write no more to stdout, nor may the interpreter at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: like Ctrl-C, so that user code and libraries let it pass and what is half-written goes away."""
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise _Terminated
+
+
 def main() -> NoReturn:
     """The console script."""
-    # A polite kill cleans up as Ctrl-C does: what is half-written goes away.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _terminate)
     cli.main()
 
 

@@ -1,0 +1,368 @@
+"""The command line: exit codes, one line an error, JSON alone on stdout, and a quick start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from small_cnn import logits, write_data, write_model
+
+from onnxcompress.cli import cli
+from onnxcompress.errors import ModelError, ResourceError, RuntimeUnavailableError
+from onnxcompress.passes import PASSES
+from onnxcompress.version import __version__
+
+PROGRAM = [sys.executable, "-m", "onnxcompress"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, calibration data, and evaluation data that is labelled by the model itself."""
+    path = tmp_path_factory.mktemp("small")
+    model = write_model(path / "model.onnx")
+    write_data(path / "data.npz")
+    plain = write_data(path / "plain.npz", 200, seed=2)
+    write_data(path / "eval.npz", 200, seed=2, labels=logits(model, plain).argmax(1))
+    return path
+
+
+@pytest.fixture
+def call(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+    """Run a command line in an empty folder; MODEL, DATA and EVAL stand for the files."""
+    monkeypatch.chdir(tmp_path)
+    names = {"MODEL": folder / "model.onnx", "DATA": folder / "data.npz", "EVAL": folder / "eval.npz"}
+
+    def run(line: str) -> Result:
+        return CliRunner().invoke(cli, [str(names.get(word, word)) for word in line.split()])
+
+    return run
+
+
+COMPRESS = "compress MODEL --data DATA --eval-data EVAL -o out.onnx --no-benchmark --max-drop 50"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Start and help
+
+
+def test_help_is_quick() -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        answer = subprocess.run([*PROGRAM, "--help"], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert "compress" in answer.stdout
+    assert statistics.median(times) < 0.5
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from onnxcompress.cli import cli\n"
+        "try: cli(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('onnx', 'numpy', 'pydantic', 'onnxruntime', 'rich', 'yaml') if m in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_lists_commands_and_passes() -> None:
+    text = CliRunner().invoke(cli, ["--help"]).output
+    for name in ("benchmark", "compare", "compress", "demo", "inspect", *PASSES):
+        assert f"  {name} " in text
+
+
+@pytest.mark.parametrize("name", ["benchmark", "compare", "compress", "demo", "inspect", *PASSES])
+def test_every_command_has_help(name: str) -> None:
+    result = CliRunner().invoke(cli, [name.replace("_", "-"), "--help"])
+    assert result.exit_code == 0
+    assert "--json" in result.output
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(cli, ["--version"]).output.split()[-1] == __version__
+
+
+def test_a_mistyped_command_is_recognised() -> None:
+    result = CliRunner().invoke(cli, ["fold-batchnorm"])
+    assert result.exit_code == 2
+    assert "did you mean 'fold_batch_norm'?" in result.output
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# compress
+
+
+def test_compress_writes_and_tells(call: Callable[..., Result], tmp_path: Path) -> None:
+    result = call(COMPRESS + " --report report.json --save-recipe recipe.yaml")
+    assert result.exit_code == 0, result.output
+    for word in ("nodes", "bytes on disk", "SQNR", "agreement", "top-1", "QLinearConv", "Softmax", "written: out.onnx"):
+        assert word in result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "recipe.yaml", "report.json"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["schema"] == 1
+    assert [p["name"] for p in report["passes"]][-1] == "insert_qdq"
+    assert report["passes"][-1]["changes"]
+    assert report["environment"]["versions"]["onnx"]
+
+
+def test_a_saved_recipe_replays_to_the_same_bytes(call: Callable[..., Result], tmp_path: Path) -> None:
+    assert call(COMPRESS + " --save-recipe recipe.yaml").exit_code == 0
+    first = (tmp_path / "out.onnx").read_bytes()
+    assert call(COMPRESS + " --recipe recipe.yaml").exit_code == 0
+    assert (tmp_path / "out.onnx").read_bytes() == first
+
+
+def test_json_is_alone_on_stdout(call: Callable[..., Result]) -> None:
+    result = call(COMPRESS + " --json")
+    report = json.loads(result.stdout)
+    assert report["output"]["path"] == "out.onnx"
+    assert "bytes on disk" in result.stderr
+
+
+def test_quiet_leaves_warnings(call: Callable[..., Result]) -> None:
+    result = call("compress MODEL --random-data -o out.onnx --no-benchmark --max-drop 50 --quiet")
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert "warning: calibrated on random data" in result.stderr
+
+
+def test_a_dry_run_writes_nothing(call: Callable[..., Result], tmp_path: Path) -> None:
+    result = call(COMPRESS + " --dry-run --save-recipe recipe.yaml")
+    assert result.exit_code == 0
+    assert "would become integer" in result.output
+    assert "nothing was written" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_benchmark_is_part_of_the_table(call: Callable[..., Result]) -> None:
+    result = call(COMPRESS.replace("--no-benchmark", "--benchmark-seconds 0.2"))
+    assert result.exit_code == 0
+    assert "95 % interval" in result.output
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Passes as commands
+
+
+def test_a_pass_runs_alone_with_its_options(call: Callable[..., Result], tmp_path: Path) -> None:
+    assert call("fold-batch-norm MODEL -o folded.onnx").exit_code == 0
+    assert (tmp_path / "folded.onnx").exists()
+    result = call("insert_qdq MODEL --data DATA -o q.onnx --exclude-operators Conv --exclude-operators Gemm --json")
+    report = json.loads(result.stdout)
+    assert report["recipe"]["passes"] == [{"insert_qdq": {"exclude_operators": ["Conv", "Gemm"]}}]
+    assert report["budget"] is None
+
+
+def test_wrong_options_of_a_pass_are_told(call: Callable[..., Result]) -> None:
+    assert call("insert_qdq MODEL --data DATA -o q.onnx --observer middle").exit_code == 2
+    result = call("fold_constants MODEL -o q.onnx --nonsense 1")
+    assert result.exit_code == 2
+    assert "--nonsense" in result.output
+
+
+def test_verification_of_a_pass_can_be_left_out(call: Callable[..., Result]) -> None:
+    report = json.loads(call("fold_batch_norm MODEL -o q.onnx --no-verify --json").stdout)
+    assert report["verification"] is None
+    assert report["output"] is not None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# inspect, compare, benchmark
+
+
+def test_inspect_tells_macs_and_reasons(call: Callable[..., Result]) -> None:
+    result = call("inspect MODEL")
+    for word in ("opset 17", "Conv", "13.8 k", "would become integer", "Softmax"):
+        assert word in result.output
+    report = json.loads(call("inspect MODEL --json").stdout)
+    assert report["macs"] == 8 * 8 * 8 * 27 + 8 * 4
+    assert {"conv", "head"} == {node["name"] for node in report["nodes"] if node["macs"]}
+    assert report["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["N", 3, 8, 8]}]
+
+
+def test_compare_models(call: Callable[..., Result]) -> None:
+    assert call("fold_batch_norm MODEL -o folded.onnx").exit_code == 0
+    report = json.loads(call("compare MODEL folded.onnx --data DATA --tolerance 1e-5 --json").stdout)
+    assert report["samples"] == 64
+    assert report["outputs"][0]["relative_l2"] < 1e-5
+    same = json.loads(call("compare MODEL MODEL --json").stdout)["outputs"][0]
+    assert same["equal"]
+    assert same["sqnr_db"] is None
+
+
+def test_compare_fails_above_the_tolerance(call: Callable[..., Result]) -> None:
+    assert call(COMPRESS).exit_code == 0
+    result = call("compare MODEL out.onnx --data DATA --tolerance 1e-6 --json")
+    assert result.exit_code == 4
+    assert json.loads(result.stdout)["outputs"]
+    assert "error: output 'y' has a relative L2 of" in result.stderr
+
+
+def test_benchmark_models(call: Callable[..., Result]) -> None:
+    result = call("benchmark MODEL MODEL --seconds 0.2 --sessions 6 --json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["low"] <= report["ratio"] <= report["high"]
+    assert "samples are random" in result.stderr
+    assert call("benchmark MODEL MODEL --seconds 0.2 --sessions 6 --fail-if-slower-than 100").exit_code == 5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Exit codes
+
+FAILURES = {
+    "usage": ("compress MODEL --data DATA", 2, "Missing option '-o'"),
+    "unknown option": ("compress MODEL -o out.onnx --dta DATA", 2, "--dta"),
+    "no data": ("compress MODEL -o out.onnx", 2, "give --data"),
+    "no model": ("compress nowhere.onnx --data DATA -o out.onnx", 2, "nowhere.onnx"),
+    "bad data": ("compress MODEL --data MODEL -o out.onnx", 2, "error: "),
+    "bad recipe": ("compress MODEL --data DATA -o out.onnx --recipe int9", 2, "did you mean 'int8'?"),
+    "bad preprocessing": ("compress MODEL --data DATA -o out.onnx --preprocess sise=3", 2, "preprocess"),
+    "input as output": ("compress MODEL --data DATA -o MODEL", 2, "is the model itself"),
+    "bad model": ("inspect DATA", 3, "error: "),
+    "accuracy": (COMPRESS.replace("50", "0") + " --evaluate score.py:exact", 4, "the budget is 0"),
+    "slower": (
+        COMPRESS.replace("--no-benchmark", "--benchmark-seconds 0.2 --fail-if-slower-than 1000"),
+        5,
+        "1000x or more is asked for",
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "code", "message"), FAILURES.values(), ids=FAILURES.keys())
+def test_failures_have_a_code_and_one_line(
+    call: Callable[..., Result], folder: Path, tmp_path: Path, line: str, code: int, message: str
+) -> None:
+    np.save(tmp_path / "expected.npy", logits(folder / "model.onnx", folder / "plain.npz"))
+    (tmp_path / "score.py").write_text(
+        "import numpy as np\n"
+        f"X = np.load({str(folder / 'plain.npz')!r})['x']\n"
+        f"Y = np.load({str(tmp_path / 'expected.npy')!r})\n"
+        "def exact(run): return (run({'x': X})['y'] == Y).all(axis=1).mean()\n"
+    )
+    result = call(line)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    errors = [text for text in result.stderr.splitlines() if text.lower().startswith("error: ")]
+    assert len(errors) == 1
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ModelError("broken\nmodel"), 3, "error: broken model"),
+        (RuntimeUnavailableError("no runtime"), 6, "error: no runtime"),
+        (ResourceError("too much"), 7, "error: too much"),
+        (MemoryError(), 7, "memory ran out"),
+        (OSError(28, "No space left on device"), 7, "No space left on device"),
+        (ValueError("odd \x1b[31m name"), 1, "ValueError: odd \\x1b[31m name: this is a bug in onnxcompress"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+    ],
+)
+def test_every_error_has_its_code(
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: str
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(import_module("onnxcompress.inspect_model"), "load", fail)
+    result = call("inspect MODEL --json")
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert json.loads(result.stdout)["error"]["exit_code"] == code
+    assert "Traceback" not in result.stderr
+    assert ("Traceback" in call("inspect MODEL --debug").stderr) is (code != 130)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real processes
+
+
+def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        "def score(run):\n"
+        f"    pathlib.Path({str(tmp_path / 'started')!r}).touch()\n"
+        "    time.sleep(60)\n"
+        "    return 1.0\n"
+    )
+    (tmp_path / "results").mkdir()
+    line = ["compress", folder / "model.onnx", "--data", folder / "data.npz", "-o", tmp_path / "results" / "out.onnx"]
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        (tmp_path / "started").unlink(missing_ok=True)
+        process = subprocess.Popen(
+            [*PROGRAM, *map(str, line), "--evaluate", f"{tmp_path / 'slow.py'}:score"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        end = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=30)
+        assert process.returncode == code
+        assert "Traceback" not in stderr
+        assert list((tmp_path / "results").iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--json", "--debug"])
+def test_a_closed_pipe_is_no_error(folder: Path, option: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [*PROGRAM, "inspect", str(folder / "model.onnx"), option]
+    try:
+        answer = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert answer.returncode == 0
+    assert "rror" not in answer.stderr
+
+
+def test_without_a_runtime_the_extra_is_named(folder: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from onnxcompress.cli import main\n"
+        f"sys.argv[1:] = ['compress', {str(folder / 'model.onnx')!r}, '--data', {str(folder / 'data.npz')!r}, "
+        f"'-o', {str(tmp_path / 'out.onnx')!r}]\n"
+        "main()"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.returncode == 6
+    assert "onnxcompress[cpu]" in answer.stderr
+    assert len(answer.stderr.splitlines()) == 1
+
+
+def test_public_names_are_lazy_and_complete() -> None:
+    program = (
+        "import sys, types, onnxcompress\n"
+        "assert not {'onnx', 'numpy', 'pydantic'} & set(sys.modules), 'importing the package is not free'\n"
+        "import onnxcompress.benchmark\n"
+        "for name in onnxcompress.__all__:\n"
+        "    assert not isinstance(getattr(onnxcompress, name), types.ModuleType), name\n"
+        "assert set(onnxcompress.__all__) <= set(dir(onnxcompress))\n"
+        "from onnxcompress.compress import CompressResult\n"
+        "assert onnxcompress.compress.__module__ == 'onnxcompress.compress'\n"
+        "try: onnxcompress.nothing\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.stderr == ""
+    assert answer.stdout == "module 'onnxcompress' has no attribute 'nothing'\n"
