@@ -139,7 +139,14 @@ class Session:
         run = self._session.run
         given = {name: np.ascontiguousarray(feeds[name]) for name in self.input_names}
         given |= {name: np.ascontiguousarray(feeds[name]) for name in self.optional_names if name in feeds}
-        return lambda: run(None, given)
+
+        def bound() -> Any:
+            try:
+                return run(None, given)
+            except Exception as error:
+                raise ModelError(f"onnxruntime cannot run the model: {_one_line(error)}") from error
+
+        return bound
 
     def input_specs(self) -> list[InputSpec]:
         """The inputs as the runtime sees them; overridable initializers come last and are marked optional.
