@@ -167,15 +167,12 @@ class _Accumulator:
         self._elements = self._unequal = self._nonfinite = 0
         self._positions = self._same = 0
         self._floating = self._numeric = True
-        self._seen = False
 
     def update(self, a: Any, b: Any) -> None:
         """Add one batch: an array, or what the runtime makes of sequences, maps and optionals (list, dict, None)."""
         if a is None or b is None:
             if (a is None) != (b is None):
-                raise self._mismatch(
-                    "an empty optional" if a is None else "a value", "a value" if a is None else "none"
-                )
+                raise self._mismatch(*("an empty optional" if value is None else "a value" for value in (a, b)))
         elif isinstance(a, Mapping) and isinstance(b, Mapping):
             if set(a) != set(b):
                 raise self._mismatch(f"a map with {len(a)} keys", f"one with {len(b)} keys or other ones")
@@ -201,7 +198,6 @@ class _Accumulator:
         kinds = _kind(a), _kind(b)
         if ("text" in kinds) and kinds[0] != kinds[1]:
             raise self._mismatch(f"{a.dtype}", f"{b.dtype}")
-        self._seen = True
         self._floating = kinds[0] == "float"
         self._numeric = kinds[0] != "text"
         self._elements += a.size

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxcompress.data.columns import Column, MemoryColumn, Rows
+from onnxcompress.data.columns import Column, Rows
 from onnxcompress.data.dataset import Chunk, Role
 from onnxcompress.errors import DataError
 from onnxcompress.graph import InputSpec
@@ -220,7 +220,7 @@ class Fitter:
         have, want = array.dtype, spec.dtype
         where = f"{origin}: array {spec.name!r}"
         if want.hasobject:
-            if have.kind not in "USO" or (have.kind == "O" and not isinstance(array, MemoryColumn)):
+            if have.kind not in "USO":
                 raise DataError(f"{where} is {_type_name(have)} but the model takes strings; save text")
         elif have.type is np.void and have.itemsize == want.itemsize:
             pass  # NumPy's files keep bfloat16 and float8 as raw bytes
@@ -294,7 +294,7 @@ class _FittedColumn(Column):
     def _cast(self, raw: NDArray[Any], index: Rows) -> NDArray[Any]:
         want = self.dtype
         if want.hasobject:
-            return raw.astype(object)
+            return (raw.astype(np.str_) if raw.dtype.kind == "S" else raw).astype(object)
         if raw.dtype == want:
             return raw
         if raw.dtype.kind == "V":
