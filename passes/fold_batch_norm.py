@@ -143,9 +143,10 @@ class _Folder:
 
     def _types(self) -> DerivedTypes:
         """Types of the outermost graph's tensors; derived once, and only where a fold may ask."""
+        readers = {*_LINEAR, *_ARITHMETIC, "BatchNormalization"}
         wanted = any(
             node.op == "MatMul"
-            or (node.op in _ARITHMETIC and any(c.op in _LINEAR for t in node.outputs for c in t.outputs))
+            or (node.op in _ARITHMETIC and any(c.op in readers for t in node.outputs for c in t.outputs))
             for node in self.graph.nodes
         )
         if not wanted:
