@@ -65,6 +65,8 @@ class FusionAudit:
         floats: every operator that computes in floats.
         quantize: QuantizeLinear left in the graph (conversions of activations).
         dequantize: DequantizeLinear left.
+        stranded: left-over conversions where the placement has no border between integers and floats; they cost time
+            and change nothing. Empty without a placement.
         mismatches: placed on integers, yet float; empty without a placement.
     """
 
@@ -72,6 +74,7 @@ class FusionAudit:
     floats: tuple[FloatNode, ...]
     quantize: int
     dequantize: int
+    stranded: tuple[str, ...] = ()
     mismatches: tuple[Mismatch, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +129,7 @@ def audit(
         tuple(floats),
         conversions["QuantizeLinear"],
         conversions["DequantizeLinear"],
+        tuple(_stranded(graph, placement)) if placement is not None else (),
         tuple(_mismatches(graph, target, types, placement)) if placement is not None else (),
     )
 
@@ -144,6 +148,23 @@ def _is_integer(node: onnx.NodeProto, target: Target, types: dict[str, int]) -> 
     moves = node.op_type == "Concat" or (rule is not None and rule.role in (Role.MOVEMENT, Role.ACTIVATION))
     eight_bit = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
     return moves and bool(node.input) and types.get(node.input[0]) in eight_bit
+
+
+def _stranded(graph: onnx.GraphProto, placement: Placement) -> list[str]:
+    """Conversions that belong to no border. The runtime moves, copies and renames them; their scale tells them apart."""
+    quantize, dequantize = placement.borders()
+    expected = {
+        "QuantizeLinear": {placement.scales[c] for c in quantize},
+        "DequantizeLinear": {placement.scales[c] for c in dequantize},
+    }
+    scalars = {t.name: t for t in graph.initializer if not t.dims}
+    stranded = []
+    for node in graph.node:
+        if node.op_type in _CONVERSIONS:
+            scale = scalars.get(node.input[1])
+            if scale is None or float(onnx.numpy_helper.to_array(scale)) not in expected[node.op_type]:
+                stranded.append(node.name or node.output[0])
+    return stranded
 
 
 def _mismatches(

@@ -53,10 +53,9 @@ class MinMaxObserver(Observer):
 
     def update(self, *values: NDArray[Any]) -> None:
         """Take in the minimum and the maximum of one batch."""
-        low, high = (float(v) for v in values)
-        # A comparison with NaN is false, so min() would forget one; NaN must stay visible.
-        self._low = low if np.isnan(low) else min(self._low, low)
-        self._high = high if np.isnan(high) else max(self._high, high)
+        low, high = values
+        self._low = min(self._low, float(low))
+        self._high = max(self._high, float(high))
 
     def range(self) -> Range:
         """[minimum, maximum]."""
@@ -97,7 +96,9 @@ def calibrate(
     observers = {name: OBSERVERS[observer]() for name in wanted}
     instrumented, outputs = _with_outputs(graph, wanted, type(next(iter(observers.values()))).reductions)
     session = Session(instrumented, threads=threads)
-    fetch = [name for names in outputs.values() for name in names]
+    # The runtime's reductions skip NaN, so it is looked for where it ends up.
+    results = [t.name for t in graph.outputs]
+    fetch = list(dict.fromkeys([*(name for names in outputs.values() for name in names), *results]))
     batches: Iterable[Any] = data
     if progress is not None:
         batches = progress.track(data, "calibrating", total=_length(data))
@@ -105,6 +106,7 @@ def calibrate(
     for batch in batches:
         empty = False
         values = session.run(batch.feeds, fetch)
+        _refuse_nan({name: values[name] for name in results})
         for name, watching in observers.items():
             watching.update(*(values[output] for output in outputs[name]))
     if empty:
@@ -119,6 +121,15 @@ def calibrate(
     return ranges
 
 
+def _refuse_nan(outputs: dict[str, NDArray[Any]]) -> None:
+    for name, value in outputs.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f" and np.isnan(value).any():
+            raise DataError(
+                f"output {name!r} of the float model is NaN on some calibration samples; check the data's "
+                "preprocessing and the model itself"
+            )
+
+
 def _length(data: Dataset) -> int | None:
     try:
         return len(data)
@@ -129,7 +140,7 @@ def _length(data: Dataset) -> int | None:
 def _with_outputs(
     graph: Graph, tensors: Sequence[str], reductions: Sequence[str]
 ) -> tuple[Graph, dict[str, list[str]]]:
-    """A copy of ``graph`` whose outputs are, per tensor, its reductions or, without any, the tensor itself."""
+    """A copy of ``graph`` with outputs added: per tensor its reductions or, without any, the tensor itself."""
     twin = copy_graph(graph)
     known = twin.tensors()
     names = Names(twin)
@@ -142,7 +153,8 @@ def _with_outputs(
         if not reductions:
             if source.dtype is None:
                 source.dtype = np.dtype(np.float32)
-            outputs.append(source)
+            if not any(source is output for output in twin.outputs):
+                outputs.append(source)
             fetched[name] = [name]
             continue
         fetched[name] = []
@@ -151,5 +163,5 @@ def _with_outputs(
             twin.nodes.append(gs.Node(op, result.name, {"keepdims": 0}, [source], [result]))
             outputs.append(result)
             fetched[name].append(result.name)
-    twin.outputs = outputs
+    twin.outputs = [*twin.outputs, *outputs]
     return twin, fetched

@@ -35,6 +35,7 @@ _NODE_NS = 1000.0  # what any extra node costs
 _MAC_NS = 0.03  # saved per multiply-accumulate
 _GROUPED_MAC_NS = 0.06  # grouped convolutions do less arithmetic per byte, so the bytes saved count more
 _UNKNOWN_SIZE = 1000
+_FOREVER = 1 << 60  # a capacity that no cut pays
 
 _ALREADY = "it is quantised in the file already"
 _NESTED = "it is inside a nested graph, and nested graphs stay as they are"
@@ -93,6 +94,8 @@ class Placement:
     sources: dict[str, list[str]] = field(default_factory=dict)
     bounds: dict[str, Range] = field(default_factory=dict)
     outputs: frozenset[str] = frozenset()
+    #: scale by class, once the graph is written
+    scales: dict[str, float] = field(default_factory=dict)
 
     @property
     def integer_units(self) -> list[Unit]:
@@ -112,6 +115,17 @@ class Placement:
         if not unit.keeps_float:
             return False
         return name in self.outputs or any(not reader.integer for reader in self.consumers.get(name, []))
+
+    def borders(self) -> tuple[set[str], set[str]]:
+        """Classes whose tensors are (quantised, dequantised) at run time, because integers and floats meet there."""
+        quantize: set[str] = set()
+        dequantize: set[str] = set()
+        for name, representative in self.classes.items():
+            if self.writes_float(name):
+                quantize.add(representative)
+            elif name in self.outputs or any(not reader.integer for reader in self.consumers.get(name, [])):
+                dequantize.add(representative)
+        return quantize, dequantize
 
 
 def place(
@@ -351,21 +365,19 @@ def _cut(placement: Placement, macs: Mapping[str, int], inputs: set[str]) -> Non
         if unit_or_none is None and name not in inputs:
             continue  # a constant operand is quantised ahead of time
         size = _size(name, placement.types)
-        ends = {vertex.get(id(reader), cut.SINK) for reader in readers}
-        if name in placement.outputs:
-            ends.add(cut.SINK)
+        ends = {vertex.get(id(reader), cut.SINK) for reader in readers} - {cut.SINK}
         writes_floats = unit_or_none is not None and unit_or_none.keeps_float
-        forever = 1 << 60
         if maker != cut.SINK and not writes_floats:
-            dequantize = cut.vertex()
-            cut.edge(maker, dequantize, _picoseconds(_DEQUANTIZE_NS * size + _NODE_NS))
-            for end in ends:
-                cut.edge(dequantize, end, forever)
-        if any(end != cut.SINK for end in ends):
+            # The runtime gives every float reader a dequantiser of its own, so each of them is paid for.
+            for end in [vertex.get(id(reader), cut.SINK) for reader in readers]:
+                cut.edge(maker, end, _picoseconds(_DEQUANTIZE_NS * size + _NODE_NS))
+            if name in placement.outputs:
+                cut.edge(maker, cut.SINK, _picoseconds(_DEQUANTIZE_NS * size + _NODE_NS))
+        if ends:
             quantize = cut.vertex()
             cut.edge(quantize, maker, _picoseconds(_QUANTIZE_NS * size + _NODE_NS))
-            for end in ends - {cut.SINK}:
-                cut.edge(end, quantize, forever)
+            for end in ends:
+                cut.edge(end, quantize, _FOREVER)
     integer = cut.source_side()
     for unit in placement.units:
         unit.integer = unit.reason is None and vertex[id(unit)] in integer

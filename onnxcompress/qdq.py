@@ -134,6 +134,7 @@ class _Writer:
         params = self.params[representative]
         if representative not in self.scales:
             self.scales[representative] = gs.Constant(self.names.free(f"{representative}_scale"), params.scale)
+            self.placement.scales[representative] = float(params.scale)
         return [self.scales[representative], self._integer_constant(params.zero_point)]
 
     def _integer_constant(self, value: NDArray[Any]) -> gs.Constant:
