@@ -24,6 +24,8 @@ from onnxcompress.passes import PASSES, load_pass
 from onnxcompress.version import __version__
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pydantic.fields import FieldInfo
     from rich.console import Console
 
@@ -81,6 +83,11 @@ class Terminal:
         from onnxcompress.report import print_warnings
 
         print_warnings(self.notes, warnings)
+
+    def note(self, message: str) -> None:
+        """Print a remark, unless only errors and warnings are wanted."""
+        if not self.quiet:
+            self.notes.print(message)
 
     def error(self, message: str, code: int, kind: str) -> None:
         """Print one line; with ``--json`` also an object where there was no answer yet, so that it is never empty."""
@@ -552,7 +559,9 @@ def _samples(
 
 
 @cli.command(short_help="Compress a small network that comes along, and show the gain.")
-@click.option("-o", "--output", metavar="FOLDER", type=click.Path(file_okay=False), help="Keep the files there.")
+@click.option(
+    "-o", "--output", metavar="FOLDER", type=click.Path(file_okay=False), help="Keep model, data and result there."
+)
 @click.option("--benchmark/--no-benchmark", default=True, show_default=True, help="Time the result.")
 @click.option(
     "--benchmark-seconds",
@@ -567,28 +576,43 @@ def _samples(
 def demo(terminal: Terminal, /, output: str | None, **options: Any) -> None:
     """Compress a small residual network that reads handwritten digits; model and data come with the package."""
     import tempfile
-    from contextlib import nullcontext
     from pathlib import Path
 
     from onnxcompress.compress import compress as run
     from onnxcompress.demo import demo_calibration, demo_evaluation, demo_model_path
 
-    folder = tempfile.TemporaryDirectory(prefix="onnxcompress-demo-") if output is None else nullcontext(output)
-    with folder as where:
-        try:
-            Path(where).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"{where}: cannot be created: {error.strerror}") from error
+    calibration, evaluation = demo_calibration(), demo_evaluation()
+    with tempfile.TemporaryDirectory(prefix="onnxcompress-demo-") as temporary:
+        folder = Path(output if output is not None else temporary)
+        if output is not None:
+            _keep_demo(folder, demo_model_path(), {"calibration": calibration, "evaluation": evaluation})
         result = run(
             demo_model_path(),
-            demo_calibration(),
-            Path(where) / "digits_int8.onnx",
-            eval_data=demo_evaluation(),
+            calibration,
+            folder / "digits_int8.onnx",
+            eval_data=evaluation,
             progress=terminal.progress,
             check=False,
             **options,
         )
         _finish(terminal, result, None)
+    if output is None:
+        terminal.note("the demo's files were temporary; keep them with: onnxcompress demo -o FOLDER")
+
+
+def _keep_demo(folder: Path, model: Path, data: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the model and its data into ``folder``, to go on with."""
+    import numpy as np
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / model.name).write_bytes(model.read_bytes())
+        for name, arrays in data.items():
+            np.savez(folder / f"{name}.npz", allow_pickle=False, **arrays)
+    except OSError as error:
+        if error.errno in _EXHAUSTED:
+            raise
+        raise UsageError(f"{folder}: cannot be written to: {error.strerror or error}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ strict, so what is not finite (the SQNR of equal outputs) is written as null.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcompress.environment import describe_environment
-from onnxcompress.errors import UsageError
+from onnxcompress.errors import ResourceError, UsageError
 from onnxcompress.version import __version__
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
     Raises:
         UsageError: the file cannot be written there.
+        ResourceError: the disk is full.
     """
     target = Path(path)
     temporary: str | None = None
@@ -163,7 +165,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         Path(temporary).replace(target)
         temporary = None
     except OSError as error:
-        raise UsageError(f"{target}: cannot be written: {error.strerror or error}") from error
+        kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UsageError
+        raise kind(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
