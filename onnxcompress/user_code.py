@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxcompress.errors import DataError, OnnxCompressError, UsageError
+from onnxcompress.errors import DataError, OnnxCompressError, ResourceError, UsageError
 
 __all__ = ["UserFunction", "is_function_reference", "load_function", "user_errors"]
 
@@ -90,11 +90,14 @@ def user_errors(path: Path | None = None) -> Iterator[None]:
 
     Raises:
         DataError: the user's code raised something that is no error of onnxcompress.
+        ResourceError: it ran out of memory.
     """
     try:
         yield
     except OnnxCompressError:
         raise
+    except MemoryError as error:
+        raise ResourceError(f"{_place(error, path)}: out of memory; use fewer samples at a time") from error
     except (Exception, SystemExit) as error:
         raise DataError(f"{_place(error, path)}: {type(error).__name__}: {_one_line(error)}") from error
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from onnxcompress.data import Batch, Dataset, open_data
-from onnxcompress.errors import DataError, UsageError
+from onnxcompress.data.columns import Spool
+from onnxcompress.errors import DataError, ResourceError, UsageError
 from onnxcompress.graph import InputSpec
 
 Save = Callable[..., None]
@@ -318,6 +319,8 @@ def test_missing_file_names_what_is_possible(tmp_path: Path) -> None:
         DataError, match=r"nothing\.npz: no such file or folder; expected a \.npz or \.npy file, a folder"
     ):
         open_data(tmp_path / "nothing.npz", ROW)
+    with pytest.raises(DataError, match=r"cannot be a path: .*File name too long"):
+        open_data("x" * 5000 + ".npz", ROW)
     (tmp_path / "data.csv").write_text("1,2")
     with pytest.raises(DataError, match=r"\.csv suffix; expected"):
         open_data(tmp_path / "data.csv", ROW)
@@ -717,6 +720,33 @@ def test_spool_goes_away_when_the_source_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_place_for_a_spool(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match=r"cannot create a temporary file .* TMPDIR") as caught:
+        open_data(batches_of(10, 4), ROW, work_dir=tmp_path / "file")
+    assert caught.value.exit_code == 7
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, the device that is always full")
+def test_full_disk(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.path.unlink()
+    spool.path.symlink_to("/dev/full")
+    with pytest.raises(ResourceError, match=r"cannot be kept on disk: .*No space left"):
+        spool.write({"x": numbered(1000, 2)})
+    spool.close()
+    assert list(tmp_path.iterdir()) == [] and Path("/dev/full").exists()
+
+
+def test_source_that_runs_out_of_memory(tmp_path: Path) -> None:
+    def source() -> Iterator[dict[str, NDArray[Any]]]:
+        yield {"x": numbered(4, 2)}
+        raise MemoryError
+
+    with pytest.raises(ResourceError, match="out of memory"):
+        open_data(source(), ROW, work_dir=tmp_path)
+
+
 def test_reading_after_close() -> None:
     dataset = open_data(batches_of(10, 4), ROW)
     dataset.close()
@@ -896,6 +926,18 @@ def test_first_reads_one_batch_only() -> None:
     values[20:] = np.nan
     batch = open_data({"x": values}, ROW).first()
     assert isinstance(batch, Batch) and batch.samples == 16
+
+
+@pytest.mark.cases
+def test_text_of_a_real_case_keeps_its_lengths(cases: Any, tmp_path: Path) -> None:
+    feeds = list(cases["minilm"].calibration(samples=96, batch=16))
+    specs = [InputSpec(name, I64, ("batch", "length")) for name in feeds[0]]
+    with open_data(iter(feeds), specs, work_dir=tmp_path) as dataset:
+        assert len({b.feeds["input_ids"].shape for b in dataset}) > 1
+        for batch, feed in zip(dataset, feeds, strict=True):
+            np.testing.assert_array_equal(batch.feeds["input_ids"], feed["input_ids"])
+        rest, held_out = dataset.split()
+        assert rest.samples == 80 and held_out.samples == 16
 
 
 @pytest.mark.cases

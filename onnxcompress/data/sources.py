@@ -72,11 +72,9 @@ def open_data(
             raise UsageError(f"{name} is {value}; expected 1 or more")
     dataset = _open(source, specs, preprocess, work_dir, limit)
     if batch is not None and dataset.batch != batch:
-        wanted = dataset
         dataset = dataset.rebatch(batch)
         if dataset.fixed_batch not in (None, batch):
-            wanted.notes += (f"batches of {dataset.fixed_batch}, not {batch}: the model's shapes demand it",)
-            dataset.notes = wanted.notes
+            dataset.notes += (f"batches of {dataset.fixed_batch}, not {batch}: the model's shapes demand it",)
     return dataset if limit is None else dataset.take(limit)
 
 
@@ -105,7 +103,11 @@ def _open(
 
 
 def _open_path(path: Path, specs: Sequence[InputSpec], preprocess: Preprocess | None) -> Dataset:
-    if not path.exists():
+    try:
+        there = path.exists()
+    except (OSError, ValueError) as error:  # too long, or a null byte
+        raise DataError(f"{str(path)[:100]!r} cannot be a path: {error}") from error
+    if not there:
         raise DataError(f"{path}: no such file or folder; expected {_KINDS}")
     if path.is_dir():
         return _open_folder(path, specs, preprocess)
@@ -265,7 +267,8 @@ def _named(item: Any, specs: Sequence[InputSpec], where: str) -> Mapping[str, An
         if len(item) == len(required):
             return dict(zip(required, item, strict=True))
         if len(item) == len(required) + 1:
-            label = next(name for name in LABEL_NAMES if name not in required)
+            names = {spec.name for spec in specs}
+            label = next(name for name in LABEL_NAMES if name not in names)
             return dict(zip([*required, label], item, strict=True))
         raise DataError(
             f"{where}: a {type(item).__name__} of {len(item)} but the model takes {len(required)} inputs "
