@@ -517,17 +517,18 @@ def benchmark(
     from onnxcompress.report import SCHEMA, print_benchmark
 
     with _samples(terminal, a, seed=seed, batch=batch, **data) as samples:
-        result = run(
-            a,
-            b,
-            samples,
-            threads=threads or 1,
-            sessions=sessions,
-            seconds=seconds,
-            batch=batch,
-            seed=seed or 0,
-            progress=terminal.progress,
-        )
+        for candidate in terminal.progress.track((b,), f"timing both models, about {seconds:g} s", 1):
+            result = run(
+                a,
+                candidate,
+                samples,
+                threads=threads or 1,
+                sessions=sessions,
+                seconds=seconds,
+                batch=batch,
+                seed=seed or 0,
+                progress=terminal.progress,
+            )
     print_benchmark(terminal.human, result)
     terminal.result({"schema": SCHEMA, **result.to_dict()})
     failure = slower_error(result, fail_if_slower_than) if fail_if_slower_than is not None else None

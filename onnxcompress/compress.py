@@ -531,15 +531,18 @@ class _Job:
 
     def timing(self, staged: SavedModel) -> BenchmarkResult:
         """Time the staged file against the original, one sample at a time on one thread."""
-        return benchmark(
-            self.model,
-            staged.path,
-            self.eval_data,
-            threads=1,
-            seconds=self.benchmark_seconds,
-            seed=self.seed,
-            progress=self.progress,
-        )
+        description = f"timing both models, about {self.benchmark_seconds:g} s"
+        for path in self.progress.track((staged.path,), description, 1):
+            result = benchmark(
+                self.model,
+                path,
+                self.eval_data,
+                threads=1,
+                seconds=self.benchmark_seconds,
+                seed=self.seed,
+                progress=self.progress,
+            )
+        return result
 
 
 def slower_error(timing: BenchmarkResult, limit: float) -> SlowerError | None:

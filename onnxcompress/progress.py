@@ -61,13 +61,24 @@ class RichProgress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A context in which nothing is drawn and no thread of this object runs."""
+        """A context in which nothing is drawn and no thread of this object runs.
+
+        The innermost piece of work is named once, before it starts, so that nobody takes the silence for a hang.
+        """
+        from rich.control import Control
+        from rich.segment import ControlType
+
         with self._lock:
             self._pauses += 1
             self._stop()
+            told = self._tasks[-1].description if self._tasks and self._pauses == 1 else None
+        if told is not None:
+            self._console.print(f"{told} ...", end="\r", markup=False, highlight=False, overflow="crop", no_wrap=True)
         try:
             yield
         finally:
+            if told is not None:
+                self._console.control(Control((ControlType.ERASE_IN_LINE, 2)))
             with self._lock:
                 self._pauses -= 1
             self._schedule()

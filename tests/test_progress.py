@@ -72,6 +72,7 @@ def test_nothing_is_drawn_while_paused_and_no_thread_runs() -> None:
         wait_for(lambda: "outer" in file.getvalue())
         with progress.paused():
             wait_for(lambda: set(threading.enumerate()) <= before)
+            assert file.getvalue().endswith("outer ...\r")
             written, drawn = len(file.getvalue()), file.getvalue().count("outer")
             for _ in progress.track([1, 2], "measured"):
                 time.sleep(0.05)
