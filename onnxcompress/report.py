@@ -51,6 +51,8 @@ SCHEMA = 1
 
 #: node names that are printed for one reason before the list is cut; the report has them all
 _NAMES = 3
+#: reasons that are printed after a run; inspect prints them all
+_REASONS = 10
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,7 +242,8 @@ def _before_after(result: CompressResult, after: Any) -> Table:
     if result.verification is not None:
         for output in result.verification.outputs:
             agreement = "" if output.same_argmax is None else f", agreement {100 * output.same_argmax:.2f} %"
-            table.add_row(f"output {printable(output.name)}", "", "", f"SQNR {_decibel(output.sqnr_db)}{agreement}")
+            sqnr = "equal to the original's" if output.sqnr_db == math.inf else f"SQNR {_decibel(output.sqnr_db)}"
+            table.add_row(f"output {printable(output.name)}", "", "", f"{sqnr}{agreement}")
     for metric in result.metrics:
         change = f"{0.0 - metric.drop:+.2f} points"
         table.add_row(metric.name, f"{metric.original:.4f}", f"{metric.result:.4f}", change)
@@ -266,16 +269,20 @@ def _print_refusals(console: Console, refusals: Sequence[Refusal]) -> None:
     if not refusals:
         return
     console.print(f"left alone, by reason ({len(refusals)}):")
-    _print_groups(console, [(refusal.reason, refusal.node) for refusal in refusals])
+    _print_groups(console, [(refusal.reason, refusal.node) for refusal in refusals], _REASONS)
 
 
-def _print_groups(console: Console, items: Iterable[tuple[str, str]]) -> None:
+def _print_groups(console: Console, items: Iterable[tuple[str, str]], most: int | None = None) -> None:
+    """Names by reason, the most frequent reason first, at most ``most`` reasons."""
     groups: dict[str, list[str]] = {}
     for reason, name in items:
         groups.setdefault(reason, []).append(name)
-    for reason, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    for reason, names in ordered[:most]:
         more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
         console.print(f"  {len(names)}x {printable(reason)}: {printable(', '.join(names[:_NAMES]))}{more}")
+    if most is not None and len(ordered) > most:
+        console.print(f"  and {len(ordered) - most} more reasons, all of them in the report (--report FILE)")
 
 
 def _print_audit(console: Console, audit: Mapping[str, Any]) -> None:
@@ -284,7 +291,8 @@ def _print_audit(console: Console, audit: Mapping[str, Any]) -> None:
     console.print(f"conversions left in the optimised graph: {audit['quantize']} Q, {audit['dequantize']} DQ")
     if audit["floats"]:
         console.print(f"float in the runtime ({len(audit['floats'])}):")
-        _print_groups(console, [(f"{node['operator']}: {node['reason']}", node["node"]) for node in audit["floats"]])
+        floats = [(f"{node['operator']}: {node['reason']}", node["node"]) for node in audit["floats"]]
+        _print_groups(console, floats, _REASONS)
 
 
 def _print_dry_run(console: Console, result: CompressResult) -> None:
@@ -326,7 +334,7 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     console.print(
         f"{printable(str(inspection.path))}: opset {inspection.opset}, IR version {inspection.ir_version}, "
         f"{_bytes(inspection.bytes)}, {_count(stats.nodes)} nodes, {_count(stats.parameters)} parameters, "
-        f"{_count(inspection.macs)} MACs"
+        f"{_count(inspection.macs)} MACs{_symbolic(inspection)}"
     )
     for kind, tensors in (("input", inspection.inputs), ("output", inspection.outputs)):
         for tensor in tensors:
@@ -352,6 +360,11 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
             )
         console.print(nodes)
     print_plan(console, inspection.planned)
+
+
+def _symbolic(inspection: Inspection) -> str:
+    sizes = {str(d) for tensor in inspection.inputs for d in (tensor.shape or ())[1:] if not isinstance(d, int)}
+    return f" a sample, with {printable(', '.join(sorted(sizes)))} counted as 1" if sizes else ""
 
 
 def print_comparisons(console: Console, outputs: Sequence[OutputComparison]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 from small_cnn import write_data, write_model
 
+from onnxcompress.base import Refusal
 from onnxcompress.compress import CompressResult, compress
 from onnxcompress.errors import ResourceError, UsageError
 from onnxcompress.inspect_model import PlannedNode, inspect_model
@@ -137,6 +138,17 @@ def test_names_from_outside_are_printed_as_they_are(console: Console) -> None:
 def test_reasons_are_grouped_and_cut(console: Console) -> None:
     print_plan(console, [PlannedNode(f"n{i}", "Tanh", False, "no rule") for i in range(5)])
     assert "  5x Tanh: no rule: n0, n1, n2 and 2 more\n" in text(console)
+
+
+def test_many_reasons_are_cut_after_a_run(result: CompressResult, console: Console) -> None:
+    refusals = tuple(Refusal(f"n{i}", f"reason {i}") for i in range(14))
+    assert result.report is not None
+    report = replace(result.report, details={}, children=(replace(result.report, details={}, refusals=refusals),))
+    print_compress(console, replace(result, report=report, audit=None))
+    assert "left alone, by reason (14):" in text(console)
+    assert "reason 9" in text(console)
+    assert "reason 10" not in text(console)
+    assert "and 4 more reasons" in text(console)
 
 
 def test_an_inspection_prints_and_reports(tmp_path: Path, console: Console) -> None:
