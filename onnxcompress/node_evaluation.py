@@ -24,7 +24,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnxcompress.graph import attribute, constant_value, nested_graphs, normal_domain
 
-__all__ = ["DATA_MOVEMENT", "NotEvaluable", "evaluate_node", "move_data"]
+__all__ = ["DATA_MOVEMENT", "EVALUATED", "NotEvaluable", "evaluate_node", "move_data", "shape_range"]
 
 Array = NDArray[Any]
 Inputs = Sequence[Array | None]
@@ -55,13 +55,12 @@ _NEVER = {
     ),
     **dict.fromkeys(
         (
-            "RandomNormal",
-            "RandomUniform",
-            "RandomNormalLike",
-            "RandomUniformLike",
             "Bernoulli",
             "Multinomial",
-            "Dropout",
+            "RandomNormal",
+            "RandomNormalLike",
+            "RandomUniform",
+            "RandomUniformLike",
         ),
         "it is random",
     ),
@@ -307,6 +306,10 @@ _KERNELS: dict[str, Callable[[gs.Node, Inputs, int, int], Array]] = {
     "Shape": _shape,
     "Size": _size,
 }
+
+
+#: every operator that :func:`evaluate_node` takes
+EVALUATED: frozenset[str] = _REFERENCE | DATA_MOVEMENT.keys() | _KERNELS.keys()
 
 
 # ---- everything else -------------------------------------------------------------------------------------------
