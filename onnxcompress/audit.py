@@ -49,7 +49,7 @@ class FloatNode:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A unit that was placed on integers and that the runtime left in floats."""
+    """A unit that was placed on integers and that the runtime left in floats, or the other way round."""
 
     node: str
     expected: str
@@ -67,7 +67,7 @@ class FusionAudit:
         dequantize: DequantizeLinear left.
         stranded: left-over conversions where the placement has no border between integers and floats; they cost time
             and change nothing. Empty without a placement.
-        mismatches: placed on integers, yet float; empty without a placement.
+        mismatches: placed on integers yet float, or the other way round; empty without a placement.
     """
 
     integer: dict[str, int]
@@ -89,7 +89,7 @@ def optimized_structure(model: Graph | onnx.ModelProto | str | os.PathLike[str])
         # Weights go to a file of their own, which is never read: only the structure matters.
         config = {
             "session.optimized_model_external_initializers_file_name": "weights.bin",
-            "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+            "session.optimized_model_external_initializers_min_size_in_bytes": "65536",
         }
         Session(model, optimization="extended", threads=1, optimized_path=path, config=config)
         return onnx.load(path, load_external_data=False)
@@ -118,12 +118,13 @@ def audit(
         elif _is_integer(node, target, types):
             integer[node.op_type] += 1
         elif any(types.get(name) in _FLOAT_TYPES for name in (*node.input, *node.output)):
-            unit = planned.get(node.name) or folded.get(node.name)
+            name = node.name.removeprefix("fused ")
+            unit = planned.get(name) or folded.get(name)
             if unit is not None and not unit.integer:
                 reason = why(unit)
             else:
                 reason = target.float_reasons.get(node.op_type, "it is not among what the runtime fuses here")
-            floats.append(FloatNode(node.name, node.op_type, reason))
+            floats.append(FloatNode(name, node.op_type, reason))
     return FusionAudit(
         dict(sorted(integer.items())),
         tuple(floats),
@@ -157,12 +158,13 @@ def _stranded(graph: onnx.GraphProto, placement: Placement) -> list[str]:
         "QuantizeLinear": {placement.scales[c] for c in quantize},
         "DequantizeLinear": {placement.scales[c] for c in dequantize},
     }
-    scalars = {t.name: t for t in graph.initializer if not t.dims}
+    constants = {t.name: t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL}
     stranded = []
     for node in graph.node:
         if node.op_type in _CONVERSIONS:
-            scale = scalars.get(node.input[1])
-            if scale is None or float(onnx.numpy_helper.to_array(scale)) not in expected[node.op_type]:
+            scale = constants.get(node.input[1])  # one per channel where a float operator's weight is protected
+            values = set() if scale is None else set(onnx.numpy_helper.to_array(scale).ravel().tolist())
+            if not values or not values <= expected[node.op_type]:
                 stranded.append(node.name or node.output[0])
     return stranded
 
@@ -170,14 +172,17 @@ def _stranded(graph: onnx.GraphProto, placement: Placement) -> list[str]:
 def _mismatches(
     graph: onnx.GraphProto, target: Target, types: dict[str, int], placement: Placement
 ) -> list[Mismatch]:
-    """Integer units that some float operator of the optimised graph still stands for, found by name."""
-    by_name = {node.name: node for node in graph.node}
+    """Units that the optimised graph runs in the other domain than placed, found by name."""
+    # A float operator that took its activation in is called "fused" and its name.
+    by_name = {node.name.removeprefix("fused "): node for node in graph.node}
     found = []
-    for unit in placement.integer_units:
-        assert unit.rule is not None
+    for unit in placement.units:
         node = by_name.get(unit.node.name)
-        # A node that is gone was fused into an integer neighbour or did nothing; a float one would keep its name.
-        if node is None or _is_integer(node, target, types):
+        # A node that is gone was fused into a neighbour or did nothing; one of the wrong domain would keep its name.
+        if node is None or unit.rule is None or _is_integer(node, target, types) == unit.integer:
             continue
-        found.append(Mismatch(unit.node.name, unit.rule.integer_ops[0], node.op_type))
+        if unit.integer:
+            found.append(Mismatch(unit.node.name, unit.rule.integer_ops[0], node.op_type))
+        elif node.op_type.startswith("Q"):
+            found.append(Mismatch(unit.node.name, unit.node.op, node.op_type))
     return found

@@ -66,8 +66,11 @@ class Unit:
 
     @property
     def keeps_float(self) -> bool:
-        """True where the integer kernel can write floats, so that float readers need no dequantiser."""
-        return self.rule is not None and self.rule.float_output
+        """True where the integer kernel can write floats, so that float readers need no dequantiser.
+
+        The runtime fuses a Relu or Clip into an integer operator only through a quantiser behind it.
+        """
+        return self.rule is not None and self.rule.float_output and self.activation is None
 
 
 @dataclass

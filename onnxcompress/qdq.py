@@ -11,6 +11,11 @@ The form, per tensor that becomes integer:
 
 Biases stay float: the runtime stores them as int32 itself. Only where an integer Gemm or MatMul keeps a float output
 does it need an int32 bias in the file.
+
+The runtime goes further than asked: a float Conv, ConvTranspose or Gemm that reads a dequantised tensor and ends in a
+quantiser gets its weight quantised too, to int8 with one scale for all channels (its WeightBiasQuantization). That takes
+the accuracy of operators that were to stay float, and gains nothing for ConvTranspose, which has no integer kernel. It
+looks for a scalar scale, so such an operator reads through a dequantiser that repeats the scale for every channel.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxcompress.graph import Graph, Names, attribute, constant_value
+from onnxcompress.graph import Graph, Names, attribute, constant_value, remove_node
 from onnxcompress.placement import Placement, Unit, activation_bounds
 from onnxcompress.quantization import QParams, Range, activation_qparams, quantize, weight_qparams
 from onnxcompress.targets import Role
@@ -94,6 +99,7 @@ class _Writer:
             else:
                 self._compute(unit)
                 yield unit.node, "quantised"
+        self._protect_float_weights()
 
     def _node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, attrs: dict[str, Any] | None = None) -> None:
         self.graph.nodes.append(gs.Node(op, self.names.free(f"{output.name}_{op}"), attrs or {}, inputs, [output]))
@@ -269,3 +275,45 @@ class _Writer:
         bias = constant_value(add.inputs[index])
         if bias is not None and bias.shape == (known.shape[-1],):
             add.inputs[index] = self._int32(add.inputs[index], bias, weight, input_scale)
+
+    # ---- operators that stay float
+
+    def _protect_float_weights(self) -> None:
+        """Keep the runtime from quantising the weights of float operators; see the module's docstring."""
+        for unit in self.placement.units:
+            node = unit.node
+            if unit.integer or node.op not in ("Conv", "ConvTranspose", "Gemm") or not self._ends_in_quantizer(unit):
+                continue
+            source = node.inputs[0]
+            weight = constant_value(node.inputs[1])
+            if weight is None or len(source.inputs) != 1 or source.inputs[0].op != "DequantizeLinear":
+                continue
+            reader = source.inputs[0]
+            axis = 0 if node.op == "Gemm" and attribute(node, "transA", 0) else 1
+            channels = {
+                "Conv": weight.shape[1] * attribute(node, "group", 1),
+                "ConvTranspose": weight.shape[0],
+                "Gemm": weight.shape[1 if attribute(node, "transB", 0) else 0],
+            }[node.op]
+            scale, zero_point = (np.repeat(t.values, channels) for t in reader.inputs[1:3])
+            if scale.size != channels or channels == 1:
+                continue
+            label = self.names.free(f"{source.name}_per_channel")
+            detour = gs.Variable(label, np.dtype(np.float32), list(source.shape) if source.shape is not None else None)
+            vector = gs.Constant(self.names.free(f"{reader.inputs[1].name}_per_channel"), scale)
+            zero_points = gs.Constant(self.names.free(f"{reader.inputs[2].name}_per_channel"), zero_point)
+            self._node("DequantizeLinear", [reader.inputs[0], vector, zero_points], detour, {"axis": axis})
+            node.inputs[0] = detour
+            if not source.outputs and source.name not in self.placement.outputs:
+                remove_node(reader)
+
+    def _ends_in_quantizer(self, unit: Unit) -> bool:
+        tensor = unit.outputs[0]
+        while len(tensor.outputs) == 1 and tensor.name not in self.placement.outputs:
+            reader = tensor.outputs[0]
+            if reader.op == "QuantizeLinear":
+                return True
+            if reader.op not in ("Relu", "Clip"):
+                return False
+            tensor = reader.outputs[0]
+        return False
