@@ -179,12 +179,12 @@ def _open_model(path: Path) -> Iterator[BinaryIO]:
         raise UsageError(f"{str(path)!r} is no file name: {error}") from error
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise UsageError(f"{path} is {kind}; expected an ONNX model file")
     with os.fdopen(descriptor, "rb") as file:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
-            raise UsageError(f"{path} is a folder; expected an ONNX model file")
-        if not stat.S_ISREG(mode):
-            raise UsageError(f"{path} is no regular file; expected an ONNX model file")
         try:
             yield file
         except OSError as error:
@@ -399,8 +399,13 @@ class _ExternalData:
                 continue
             except OSError as error:
                 raise UsageError(f"cannot read {where}: {error.strerror}") from error
+            try:
+                self._check_file(os.fstat(descriptor), where)
+            except UnsafeModelError:
+                os.close(descriptor)
+                raise
             with os.fdopen(descriptor, "rb") as file:
-                return self._map(file, path, where)
+                return self._map(file, path)
         raise ModelError(f"{where} does not exist; expected it in {self._model.parent}, put it there")
 
     def _open_below(self, folder: Path, parts: list[str], where: str) -> tuple[int, Path]:
@@ -432,8 +437,7 @@ class _ExternalData:
         finally:
             os.close(parent)
 
-    def _map(self, file: BinaryIO, path: Path, where: str) -> _ExternalFile:
-        status = os.fstat(file.fileno())
+    def _check_file(self, status: os.stat_result, where: str) -> None:
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeModelError(f"{where} is no regular file; expected one")
         if status.st_nlink > 1 and not self._trusted:
@@ -441,8 +445,10 @@ class _ExternalData:
                 f"{where} has {status.st_nlink} names (hard links), so it may belong to something else; copy it, or "
                 "load with trusted=True"
             )
+
+    def _map(self, file: BinaryIO, path: Path) -> _ExternalFile:
         contents: Bytes = np.empty(0, np.uint8)
-        if status.st_size:  # nothing cannot be mapped
+        if os.fstat(file.fileno()).st_size:  # nothing cannot be mapped
             contents = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         return _ExternalFile(path, contents, _digest(file) if self._hashed else "")
 
@@ -600,11 +606,26 @@ def _write_weights(file: BinaryIO, skeleton: Skeleton) -> tuple[_Places, int, st
     for tensor, payload in skeleton.weights:
         padding = bytes(-position % (_PAGE if payload.nbytes >= _PAGE_FROM else _LINE))
         places.append((tensor, position + len(padding), payload.nbytes))
-        for piece in (padding, payload.read().data):
+        data = payload.read()
+        for piece in (padding, data.data):
             file.write(piece)
             digest.update(piece)
+        _release(data)
         position += len(padding) + payload.nbytes
     return places, position, digest.hexdigest()
+
+
+def _release(data: Bytes) -> None:
+    """Let the system take back the pages of a memory map that were read; they come back from the file when needed."""
+    owner: object = data
+    while isinstance(owner, np.ndarray | memoryview):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    if not isinstance(owner, mmap.mmap):
+        return
+    start = data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+    first, last = -(-start // mmap.PAGESIZE), (start + data.nbytes) // mmap.PAGESIZE
+    if last > first:
+        owner.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
 
 def _refer(places: _Places, location: str) -> None:

@@ -133,7 +133,7 @@ def from_proto(model: onnx.ModelProto, *, payloads: Mapping[bytes, Bytes] | None
     importer = _Importer(payloads or {}, model.ir_version if model.HasField("ir_version") else None)
     graph = importer.graph(model.graph, None)
     info = model_info(graph)
-    info.metadata = {p.key: p.value for p in model.metadata_props}
+    info.metadata = {_checked(p.key): _checked(p.value) for p in model.metadata_props}
     keepsake = onnx.ModelProto()
     for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         if model.HasField(name):
@@ -216,6 +216,8 @@ class _Importer:
                 scope.tensors[value.name] = _variable(value.name, types)
                 inputs.append(scope.tensors[value.name])
 
+        for name in (proto.name, *scope.tensors, *types):
+            _checked(name)
         nodes = [self.node(node, scope, types) for node in proto.node]
         outputs = []
         for value in proto.output:
@@ -230,6 +232,9 @@ class _Importer:
         return graph
 
     def node(self, proto: onnx.NodeProto, scope: _Scope, types: Mapping[str, TypeState]) -> gs.Node:
+        names = (proto.op_type, proto.name, proto.domain, *proto.input, *proto.output)
+        for name in (*names, *(a.name for a in proto.attribute)):
+            _checked(name)
         inputs = []
         for name in proto.input:
             tensor = scope.find(name) if name else gs.Variable.empty()
@@ -277,6 +282,7 @@ class _Importer:
     def constant(self, proto: onnx.TensorProto) -> gs.Constant:
         if proto.data_location == onnx.TensorProto.EXTERNAL:
             raise ModelError(f"tensor {proto.name!r} refers to external data; open the model with onnxcompress.io.load")
+        _checked(proto.name)
         payload = self._payloads.get(proto.raw_data) if self._payloads and proto.HasField("raw_data") else None
         if payload is None:
             _numpy_type(proto.data_type)
@@ -300,6 +306,13 @@ class _Importer:
             header.metadata_props.MergeFrom(proto.metadata_props)
             set_extra(constant, header)
         return constant
+
+
+def _checked(text: str | bytes) -> str:
+    """protobuf hands out a string that is no UTF-8 as bytes, which nothing downstream expects."""
+    if isinstance(text, bytes):
+        raise ModelError(f"the name or text {text[:40]!r} is no UTF-8; the file is damaged")
+    return text
 
 
 def _text(value: bytes) -> str | bytes:
@@ -380,7 +393,7 @@ def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
     kind = dim.WhichOneof("value")
     if kind == "dim_value":
         return int(dim.dim_value)
-    return dim.dim_param or None if kind == "dim_param" else None
+    return _checked(dim.dim_param) or None if kind == "dim_param" else None
 
 
 def _declared_types(graph: onnx.GraphProto) -> dict[str, TypeState]:
