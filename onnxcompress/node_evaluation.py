@@ -67,6 +67,9 @@ _NEVER = {
     **dict.fromkeys(("If", "Loop", "Scan", "SequenceMap"), "it is control flow"),
 }
 
+#: exporters write this as the end of a slice for "to the last element"
+WITHOUT_END = 2**31 - 1
+
 #: operators whose output may be smaller or larger than inference can state, but not larger than rank x input
 _DATA_DEPENDENT = ("NonZero", "Compress")
 
@@ -200,6 +203,8 @@ def _slice(node: gs.Node, inputs: Inputs, opset: int, limit: int) -> list[Array]
         axes, steps = given[0], given[1] or [1] * len(starts)
     window = [slice(None)] * data.ndim
     for start, end, axis, step in zip(starts, ends, axes or range(len(starts)), steps, strict=True):
+        if step < 0 and end >= WITHOUT_END:
+            raise ValueError("runtimes disagree about a backward slice that ends at the largest number")
         window[axis] = slice(int(start), int(end), int(step))  # numpy clamps as ONNX does
     return [data[tuple(window)].copy()]
 
