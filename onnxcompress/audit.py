@@ -2,8 +2,8 @@
 
 A QDQ file is only a request. Whether Conv between two pairs becomes QLinearConv is up to the runtime's optimiser, and a
 pair that it leaves in place costs time and accuracy for nothing. The audit optimises the model as the runtime does
-(level EXTENDED), counts integer operators, left-over QuantizeLinear and DequantizeLinear, and names every float operator
-with its reason; against a placement it also lists each unit that did not become what the rule table says.
+(level EXTENDED), counts integer operators and left-over QuantizeLinear and DequantizeLinear, and names every float
+operator with its reason; against a placement it also lists each unit that did not become what the rule table says.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _is_integer(node: onnx.NodeProto, target: Target, types: dict[str, int]) -> 
 
 
 def _stranded(graph: onnx.GraphProto, placement: Placement) -> list[str]:
-    """Conversions that belong to no border. The runtime moves, copies and renames them; their scale tells them apart."""
+    """Conversions that belong to no border. The runtime moves, copies and renames them: their scale tells them."""
     quantize, dequantize = placement.borders()
     expected = {
         "QuantizeLinear": {placement.scales[c] for c in quantize},
@@ -169,9 +169,7 @@ def _stranded(graph: onnx.GraphProto, placement: Placement) -> list[str]:
     return stranded
 
 
-def _mismatches(
-    graph: onnx.GraphProto, target: Target, types: dict[str, int], placement: Placement
-) -> list[Mismatch]:
+def _mismatches(graph: onnx.GraphProto, target: Target, types: dict[str, int], placement: Placement) -> list[Mismatch]:
     """Units that the optimised graph runs in the other domain than placed, found by name."""
     # A float operator that took its activation in is called "fused" and its name.
     by_name = {node.name.removeprefix("fused "): node for node in graph.node}

@@ -189,14 +189,14 @@ class Pass(BaseModel, ABC):
         """True where the pass reads calibration data."""
         return False
 
-    def requires(self, graph: Graph, context: Context) -> None:  # noqa: B027 - an optional hook
+    def requires(self, graph: Graph, context: Context) -> None:
         """Raise an :class:`~onnxcompress.errors.OnnxCompressError` where the pass cannot start."""
 
     @abstractmethod
     def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
         """Change ``graph`` in place and yield what was done, refused and decided."""
 
-    def ensures(self, before: Graph, after: Graph, context: Context) -> None:  # noqa: B027 - an optional hook
+    def ensures(self, before: Graph, after: Graph, context: Context) -> None:
         """Raise where the result breaks a promise that can be checked on the graphs alone."""
 
     def kept(self) -> dict[str, tuple[int, tuple[int, ...]]]:

@@ -106,7 +106,7 @@ class Placement:
         return [unit for unit in self.units if unit.integer]
 
     def shares_parameters(self, unit: Unit) -> bool:
-        """True where all values entering and leaving ``unit`` have one set of parameters, so that bytes can be copied."""
+        """True where all values entering and leaving ``unit`` share parameters, so that bytes can be copied."""
         names = [t.name for t in (*unit.inputs, *unit.outputs)]
         return len({self.classes.get(name, name) for name in names}) == 1
 
@@ -179,7 +179,7 @@ def explain(
     for unit in placement.units:
         answer.append((unit.node.name, unit.node.op, unit.integer, why(unit)))
         if unit.activation is not None:
-            note = "folds into the quantiser" if unit.integer else why(unit)
+            note = f"folds into the quantiser behind {unit.node.name}" if unit.integer else f"{unit.node.name} is float"
             answer.append((unit.activation.name, unit.activation.op, unit.integer, note))
     for node in graph.nodes:
         for value in node.attrs.values():
@@ -354,7 +354,10 @@ def _float_reader(node: gs.Node) -> Unit:
 
 
 def _cut(placement: Placement, macs: Mapping[str, int], inputs: set[str]) -> None:
-    """Set ``integer`` on the units; ``inputs`` are the graph's. The source's side of the cut is the integer one, so that ties stay float."""
+    """Set ``integer`` on the units; ``inputs`` are the graph's.
+
+    The source's side of the cut is the integer one, so that ties stay float.
+    """
     cut = MinCut()
     vertex = {id(u): cut.vertex() if u.reason is None else cut.SINK for u in placement.units}
     for unit in placement.units:

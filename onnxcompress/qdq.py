@@ -2,8 +2,8 @@
 
 The form, per tensor that becomes integer:
 
-- made by an integer operator with its own scales: ``T_float -> QuantizeLinear -> T_quantized -> DequantizeLinear -> T``;
-  whoever read ``T`` still does. The runtime fuses the operator with the pairs around it.
+- made by an integer operator with its own scales: ``T_float -> QuantizeLinear -> T_quantized -> DequantizeLinear ->
+  T``; whoever read ``T`` still does. The runtime fuses the operator with the pairs around it.
 - made by a float operator or fed to the graph: ``T -> QuantizeLinear -> T_quantized``; integer operators read
   ``T_dequantized``, float ones go on reading ``T``.
 - made by data movement (Reshape, Slice, Pad, MaxPool, a Concat of equal parameters): the operator itself is written on
@@ -13,8 +13,8 @@ Biases stay float: the runtime stores them as int32 itself. Only where an intege
 does it need an int32 bias in the file.
 
 The runtime goes further than asked: a float Conv, ConvTranspose or Gemm that reads a dequantised tensor and ends in a
-quantiser gets its weight quantised too, to int8 with one scale for all channels (its WeightBiasQuantization). That takes
-the accuracy of operators that were to stay float, and gains nothing for ConvTranspose, which has no integer kernel. It
+quantiser gets its weight quantised too, to int8 with one scale for all channels (its WeightBiasQuantization). That
+takes the accuracy of operators that were to stay float, and gains nothing for ConvTranspose, which has no integer kernel. It
 looks for a scalar scale, so such an operator reads through a dequantiser that repeats the scale for every channel.
 """
 
@@ -55,8 +55,10 @@ def _inside(params: QParams, bounds: Range) -> QParams:
     info = np.iinfo(params.zero_point.dtype)
     below, above = int(params.zero_point) - info.min, info.max - int(params.zero_point)
     scale = params.scale
-    while (np.float32(below) * scale > np.float32(-bounds.low)) or (np.float32(above) * scale > np.float32(bounds.high)):
-        limits = [np.float64(scale)]
+    while (np.float32(below) * scale > np.float32(-bounds.low)) or (
+        np.float32(above) * scale > np.float32(bounds.high)
+    ):
+        limits = [float(scale)]
         if below:
             limits.append(-bounds.low / below)
         if above:
@@ -224,6 +226,7 @@ class _Writer:
         assert weight is not None
         axis = rule.axis(node, weight.ndim)
         bias = self._bias(node, rule.bias, weight.shape[axis])
+        rewritten = bias is not None and not self._is_stored(node.inputs[rule.bias or 0], bias)
         if node.op == "Gemm":  # the integer kernel knows alpha and beta of one only
             weight = weight * np.float32(attribute(node, "alpha", 1.0))
             node.attrs = {k: v for k, v in node.attrs.items() if k not in ("alpha", "beta")}
@@ -237,7 +240,7 @@ class _Writer:
             stored = node.inputs[rule.bias]
             if writes_float:
                 node.inputs[rule.bias] = self._int32(stored, bias, params, input_scale)
-            elif not np.array_equal(constant_value(stored), bias):
+            elif rewritten:
                 node.inputs[rule.bias] = gs.Constant(self.names.free(f"{stored.name}_vector"), bias)
         if node.op == "MatMul" and writes_float:
             self._bias_of_matmul(unit, params, input_scale)
@@ -255,6 +258,10 @@ class _Writer:
         if node.op == "Gemm":
             value = value * np.float32(attribute(node, "beta", 1.0))
         return np.ascontiguousarray(np.broadcast_to(value.reshape(-1), (channels,)), dtype=np.float32)
+
+    def _is_stored(self, tensor: gs.Tensor, bias: NDArray[np.float32]) -> bool:
+        value = constant_value(tensor)
+        return value is not None and value.shape == bias.shape and bool(np.array_equal(value, bias))
 
     def _int32(self, tensor: gs.Tensor, bias: NDArray[Any], weight: QParams, input_scale: float) -> gs.Variable:
         scale = (np.float32(input_scale) * weight.scale).astype(np.float32)

@@ -138,14 +138,16 @@ def quantize(values: NDArray[Any], params: QParams) -> NDArray[Any]:
     scale = params._along(params.scale, values.ndim)
     zero_point = params._along(params.zero_point, values.ndim).astype(np.int64)
     scaled = np.rint(values.astype(np.float32) / scale)
-    return np.clip(scaled.astype(np.float64) + zero_point, info.min, info.max).astype(params.zero_point.dtype)
+    integers: NDArray[Any] = np.clip(scaled.astype(np.float64) + zero_point, info.min, info.max)
+    return integers.astype(params.zero_point.dtype)
 
 
 def dequantize(integers: NDArray[Any], params: QParams) -> NDArray[np.float32]:
     """DequantizeLinear in numpy: integers in, float32 out."""
     scale = params._along(params.scale, integers.ndim)
     zero_point = params._along(params.zero_point, integers.ndim).astype(np.int32)
-    return ((integers.astype(np.int32) - zero_point) * scale).astype(np.float32)
+    floats: NDArray[np.float32] = ((integers.astype(np.int32) - zero_point) * scale).astype(np.float32)
+    return floats
 
 
 def fake_quantize(values: NDArray[Any], params: QParams) -> NDArray[np.float32]:

@@ -261,12 +261,8 @@ CPU = Target(
         "Add": OperatorRule(Role.ARITHMETIC, ("QLinearAdd",), inputs=(0, 1), refuse=_add),
         "Mul": OperatorRule(Role.ARITHMETIC, ("QLinearMul",), inputs=(0, 1)),
         "Concat": OperatorRule(Role.ARITHMETIC, ("QLinearConcat", "Concat"), inputs=None, gain=0.15, refuse=_concat),
-        "AveragePool": OperatorRule(
-            Role.ARITHMETIC, ("QLinearAveragePool",), gain=0.3, refuse=_average_pool
-        ),
-        "GlobalAveragePool": OperatorRule(
-            Role.ARITHMETIC, ("QLinearGlobalAveragePool",), gain=0.3, refuse=_pool
-        ),
+        "AveragePool": OperatorRule(Role.ARITHMETIC, ("QLinearAveragePool",), gain=0.3, refuse=_average_pool),
+        "GlobalAveragePool": OperatorRule(Role.ARITHMETIC, ("QLinearGlobalAveragePool",), gain=0.3, refuse=_pool),
         "Sigmoid": OperatorRule(Role.ARITHMETIC, ("QLinearSigmoid",), gain=0.2),
         "LeakyRelu": OperatorRule(Role.ARITHMETIC, ("QLinearLeakyRelu",)),
         "Where": OperatorRule(Role.ARITHMETIC, ("QLinearWhere",), inputs=(1, 2), refuse=_where),
@@ -290,7 +286,7 @@ CPU = Target(
         "Div": "the runtime has no integer Div",
         "PRelu": "the runtime has no integer PRelu",
         "ReduceMean": "the runtime has no integer ReduceMean",
-        "BatchNormalization": "the runtime has no integer BatchNormalization; fold it into a Conv or Gemm where one is near",
+        "BatchNormalization": "the runtime has no integer BatchNormalization; fold it where a Conv or Gemm is near",
         "InstanceNormalization": "the runtime has no integer InstanceNormalization",
     },
     minimum_opset=13,

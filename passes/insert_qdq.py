@@ -140,10 +140,8 @@ def _warn_about(proof: FusionAudit, context: Context) -> None:
 def _warn_without_vnni(placement: Placement, context: Context) -> None:
     """int8 weights times uint8 activations saturate in 16 bits where the processor lacks VNNI (or AMX)."""
     if any(unit.rule is not None and unit.rule.weight is not None for unit in placement.integer_units):
-        here = {True: "this machine has it", False: "THIS MACHINE LACKS IT", None: "not known of this machine"}[
-            has_int8_dot_product(cpu_flags())
-        ]
+        here = {True: "this one has it", False: "this one does not", None: "this one is not known"}
         context.warn(
-            f"8-bit weights lose accuracy on x86 processors without VNNI or AMX ({here}): there, sums of two products "
-            "saturate at 16 bits; set the session option session.x64quantprecision=1 on such machines"
+            "on x86 processors without VNNI or AMX int8 weights saturate and accuracy drops "
+            f"({here[has_int8_dot_product(cpu_flags())]}); there, set session.x64quantprecision=1 in onnxruntime"
         )

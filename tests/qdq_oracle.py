@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+
 from onnxcompress.graph import attribute, constant_value
 from onnxcompress.placement import Placement
 from onnxcompress.qdq import class_qparams
@@ -70,12 +71,10 @@ def simulate(
                 inputs.append(None)
             elif constant is not None:
                 inputs.append(_constant(unit, node, index, constant, params, placement, target))
-            elif unit.integer and node is unit.node and any(t is tensor for t in unit.inputs):
-                inputs.append(rounded[tensor.name])
-            elif tensor.name in rounded and not placement.writes_float(tensor.name):
-                inputs.append(rounded[tensor.name])
             else:
-                inputs.append(values[tensor.name])
+                as_value = unit.integer and node is unit.node and any(t is tensor for t in unit.inputs)
+                replaced = tensor.name in rounded and not placement.writes_float(tensor.name)
+                inputs.append(rounded[tensor.name] if as_value or replaced else values[tensor.name])
         outputs = run_node(node, inputs, graph.opset)
         for tensor, value in zip([t for t in node.outputs if t.name], outputs, strict=True):
             values[tensor.name] = value

@@ -167,7 +167,7 @@ def random_model(seed: int, *, steps: int = 10, opset: int = 17) -> onnx.ModelPr
             pool.append(result)
     outputs = [build.head(pool[-1])]
     outputs += [v for v in pool[:-1] if build.rng.random() < 0.08 and v[0] != "x"]
-    unique = {name: shape for name, shape in outputs}
+    unique = dict(outputs)
     graph = helper.make_graph(
         build.nodes,
         f"random_{seed}",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
+
 from onnxcompress.calibration import calibrate
 from onnxcompress.data import open_data
 from onnxcompress.errors import DataError, UsageError

@@ -8,6 +8,9 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from qdq_oracle import simulate
+from random_graphs import random_model
+
 from onnxcompress import targets
 from onnxcompress.base import Context, PassResult
 from onnxcompress.calibration import calibrate
@@ -22,8 +25,6 @@ from onnxcompress.qdq import insert_quantizers
 from onnxcompress.session import Session
 from onnxcompress.shapes import infer_shapes
 from onnxcompress.targets import CPU, OperatorRule, Role
-from qdq_oracle import simulate
-from random_graphs import random_model
 
 Array = NDArray[Any]
 F = TensorProto.FLOAT
@@ -124,7 +125,13 @@ def test_the_whole_network_is_one_integer_region() -> None:
     )
     result, _ = quantise(graph)
     proof = audit_of(result)
-    assert proof["integer"] == {"Flatten": 1, "QGemm": 1, "QLinearAdd": 1, "QLinearConv": 2, "QLinearGlobalAveragePool": 1}
+    assert proof["integer"] == {
+        "Flatten": 1,
+        "QGemm": 1,
+        "QLinearAdd": 1,
+        "QLinearConv": 2,
+        "QLinearGlobalAveragePool": 1,
+    }
     assert (proof["quantize"], proof["dequantize"], proof["floats"]) == (1, 0, ())
     feeds = samples(graph)
     reference = Session(graph).run(feeds)["y"]
@@ -343,7 +350,7 @@ def test_matmul_with_bias(shape: list[int | str], last: bool, swapped: bool) -> 
         nodes += [node("MatMul", ["y", "w2"], "z")]
         weights["w2"] = weight(12, 4)
     graph = build(nodes, weights, {"x": shape}, ["y" if last else "z"])
-    result, context = quantise(graph)
+    result, _ = quantise(graph)
     integer = audit_of(result)["integer"]
     assert sum(n for op, n in integer.items() if op in ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat")) == 2 - last
     assert audit_of(result)["mismatches"] == ()
@@ -400,7 +407,9 @@ def test_exclusions(options: dict[str, Any], kept_float: str) -> None:
 
 
 def test_what_is_quantised_already_is_left_alone() -> None:
-    graph = build([conv("x", "a"), conv("a", "y", "w2")], {"w": weight(4, 4, 3, 3), "w2": weight(4, 4, 3, 3)}, IMAGE, ["y"])
+    graph = build(
+        [conv("x", "a"), conv("a", "y", "w2")], {"w": weight(4, 4, 3, 3), "w2": weight(4, 4, 3, 3)}, IMAGE, ["y"]
+    )
     once, _ = quantise(graph)
     again, _ = quantise(once.graph)
     assert not again.report.changed
@@ -429,7 +438,7 @@ def test_a_wrong_rule_is_found_out_stripped_and_recorded(monkeypatch: pytest.Mon
         IMAGE,
         ["y"],
     )
-    result, context = quantise(graph, target="wrong")
+    result, _ = quantise(graph, target="wrong")
     assert audit_of(result)["mismatches"] == ()
     assert audit_of(result)["integer"] == {"QLinearConv": 2}
     assert result.report.decisions == {"exclude_nodes": ["e_node"]}

@@ -4,6 +4,7 @@ from itertools import product
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from onnxcompress.mincut import MinCut
 
 Edges = list[tuple[int, int, int]]

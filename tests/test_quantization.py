@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+
 from onnxcompress.quantization import (
     MAX_BIAS,
     QParams,
@@ -105,6 +106,8 @@ def test_a_near_zero_channel_does_not_overflow_its_bias(rng: np.random.Generator
     assert params.scale[0] == np.float32(np.abs(weight[0]).max() / 127)
 
 
-@pytest.mark.parametrize(("scheme", "limits"), [(UINT8, (0, 255)), (INT8, (-127, 127)), (QuantScheme("int8", True, 7), (-63, 63))])
+@pytest.mark.parametrize(
+    ("scheme", "limits"), [(UINT8, (0, 255)), (INT8, (-127, 127)), (QuantScheme("int8", True, 7), (-63, 63))]
+)
 def test_limits(scheme: QuantScheme, limits: tuple[int, int]) -> None:
     assert scheme.limits == limits
