@@ -203,10 +203,22 @@ def _slice(node: gs.Node, inputs: Inputs, opset: int, limit: int) -> list[Array]
         axes, steps = given[0], given[1] or [1] * len(starts)
     window = [slice(None)] * data.ndim
     for start, end, axis, step in zip(starts, ends, axes or range(len(starts)), steps, strict=True):
-        if step < 0 and end >= WITHOUT_END:
-            raise ValueError("runtimes disagree about a backward slice that ends at the largest number")
-        window[axis] = slice(int(start), int(end), int(step))  # numpy clamps as ONNX does
+        window[axis] = _window(int(start), int(end), int(step), data.shape[axis])
     return [data[tuple(window)].copy()]
+
+
+def _window(start: int, end: int, step: int, size: int) -> slice:
+    """What Slice takes of an axis; unlike numpy, a backward slice starts at the first element at least."""
+    if step < 0 and end >= WITHOUT_END:
+        raise ValueError("runtimes disagree about a backward slice that ends at the largest number")
+    start += size if start < 0 else 0
+    end += size if end < 0 else 0
+    if step > 0:
+        return slice(min(max(start, 0), size), min(max(end, 0), size), step)
+    if size == 0:
+        return slice(0, 0)
+    last = min(max(end, -1), size - 1)
+    return slice(min(max(start, 0), size - 1), None if last < 0 else last, step)
 
 
 def _expand(node: gs.Node, inputs: Inputs, opset: int, limit: int) -> list[Array]:
