@@ -17,7 +17,7 @@ from typing import Any
 
 import onnx
 
-from onnxcompress.graph import Graph
+from onnxcompress.graph import Graph, constant_value
 from onnxcompress.placement import Placement, why
 from onnxcompress.session import Session
 from onnxcompress.targets import Role, Target
@@ -154,9 +154,10 @@ def _is_integer(node: onnx.NodeProto, target: Target, types: dict[str, int]) -> 
 def _stranded(graph: onnx.GraphProto, placement: Placement) -> list[str]:
     """Conversions that belong to no border. The runtime moves, copies and renames them: their scale tells them."""
     quantize, dequantize = placement.borders()
+    own = _scales_of_the_file(placement)
     expected = {
-        "QuantizeLinear": {placement.scales[c] for c in quantize},
-        "DequantizeLinear": {placement.scales[c] for c in dequantize},
+        "QuantizeLinear": own | {placement.scales[c] for c in quantize},
+        "DequantizeLinear": own | {placement.scales[c] for c in dequantize},
     }
     constants = {t.name: t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL}
     stranded = []
@@ -167,6 +168,16 @@ def _stranded(graph: onnx.GraphProto, placement: Placement) -> list[str]:
             if not values or not values <= expected[node.op_type]:
                 stranded.append(node.name or node.output[0])
     return stranded
+
+
+def _scales_of_the_file(placement: Placement) -> set[float]:
+    """Scales of conversions that were in the file before: they are respected, not judged."""
+    scales: set[float] = set()
+    for unit in placement.units:
+        if unit.node.op in _CONVERSIONS and len(unit.node.inputs) > 1:
+            value = constant_value(unit.node.inputs[1])
+            scales.update(() if value is None else value.ravel().tolist())
+    return scales
 
 
 def _mismatches(graph: onnx.GraphProto, target: Target, types: dict[str, int], placement: Placement) -> list[Mismatch]:

@@ -75,7 +75,5 @@ def _spatial_mean(graph: Graph, node: gs.Node, types: Mapping[str, TensorType], 
     if not keep:
         pooled = gs.Variable(names.free(f"{result.name}_pooled"), np.dtype(np.float32))
         node.outputs = [pooled]
-        graph.nodes.append(
-            gs.Node("Flatten", names.free(f"{node.name}_flatten"), {"axis": 1}, [pooled], [result])
-        )
+        graph.nodes.append(gs.Node("Flatten", names.free(f"{node.name}_flatten"), {"axis": 1}, [pooled], [result]))
     return True

@@ -14,8 +14,9 @@ does it need an int32 bias in the file.
 
 The runtime goes further than asked: a float Conv, ConvTranspose or Gemm that reads a dequantised tensor and ends in a
 quantiser gets its weight quantised too, to int8 with one scale for all channels (its WeightBiasQuantization). That
-takes the accuracy of operators that were to stay float, and gains nothing for ConvTranspose, which has no integer kernel. It
-looks for a scalar scale, so such an operator reads through a dequantiser that repeats the scale for every channel.
+takes the accuracy of operators that were to stay float, and gains nothing for ConvTranspose, which has no integer
+kernel. It looks for a scalar scale, so such an operator reads through a dequantiser that repeats the scale for every
+channel.
 """
 
 from __future__ import annotations

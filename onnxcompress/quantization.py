@@ -137,9 +137,9 @@ def quantize(values: NDArray[Any], params: QParams) -> NDArray[Any]:
     info = np.iinfo(params.zero_point.dtype)
     scale = params._along(params.scale, values.ndim)
     zero_point = params._along(params.zero_point, values.ndim).astype(np.int64)
-    scaled = np.rint(values.astype(np.float32) / scale)
+    scaled = np.rint(np.asarray(values).astype(np.float32) / scale)
     integers: NDArray[Any] = np.clip(scaled.astype(np.float64) + zero_point, info.min, info.max)
-    return integers.astype(params.zero_point.dtype)
+    return np.asarray(integers).astype(params.zero_point.dtype)
 
 
 def dequantize(integers: NDArray[Any], params: QParams) -> NDArray[np.float32]:

@@ -130,6 +130,13 @@ def _bias_reason(node: gs.Node, index: int, channels: int, *, broadcasts: bool =
     return None
 
 
+def _is_weight(tensor: gs.Tensor) -> bool:
+    """True for a constant, stored as it is or quantised."""
+    if len(tensor.inputs) == 1 and tensor.inputs[0].op == "DequantizeLinear":
+        tensor = tensor.inputs[0].inputs[0]
+    return constant_value(tensor) is not None
+
+
 def _conv(node: gs.Node, types: Types, opset: int) -> str | None:
     reason = _weight_reason(node, 1)
     if reason is not None:
@@ -208,7 +215,7 @@ def _where(node: gs.Node, types: Types, opset: int) -> str | None:
 def _add(node: gs.Node, types: Types, opset: int) -> str | None:
     for tensor, other in (node.inputs[:2], node.inputs[1::-1]):
         maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
-        if maker is not None and maker.op == "MatMul" and constant_value(maker.inputs[1]) is not None:
+        if maker is not None and maker.op == "MatMul" and _is_weight(maker.inputs[1]):
             bias = constant_value(other)
             if bias is not None and bias.ndim <= 1:
                 return "it adds the bias of a MatMul, whose integer form writes floats: one rounding less"
