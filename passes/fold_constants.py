@@ -109,6 +109,8 @@ class _Folder:
         self.refused: dict[int, Refusal] = {}
         self.partial: dict[int, _Partial] = {}
         self.types = DerivedTypes()
+        #: constant targets by what they replace and hold: readers of one computed target share one constant
+        self.targets: dict[tuple[str, tuple[int, ...]], gs.Constant] = {}
         self.unknowns = 0
         self.progress = False
 
@@ -356,8 +358,12 @@ class _Folder:
         if constant is None:
             return
         old = node.inputs[1].name
-        value = np.array(constant, np.int64)
-        set_constant(node, 1, self.names.free(f"{old}_folded"), value)
+        shared = self.targets.get((old, tuple(constant)))
+        if shared is None:
+            value = np.array(constant, np.int64)
+            self.targets[old, tuple(constant)] = set_constant(node, 1, self.names.free(f"{old}_folded"), value)
+        else:
+            node.inputs[1] = shared
         self.progress = True
         yield Change("folded", _label(node), f"target {old} of {node.op} as {constant}")
 
