@@ -109,8 +109,8 @@ class _Folder:
         self.refused: dict[int, Refusal] = {}
         self.partial: dict[int, _Partial] = {}
         self.types = DerivedTypes()
-        #: constant targets by what they replace and hold: readers of one computed target share one constant
-        self.targets: dict[tuple[str, tuple[int, ...]], gs.Constant] = {}
+        #: constant targets by graph, by what they replace and hold: readers of one computed target share one constant
+        self.targets: dict[tuple[int, str, tuple[int, ...]], gs.Constant] = {}
         self.unknowns = 0
         self.progress = False
 
@@ -151,8 +151,11 @@ class _Folder:
             yield from self._store_constant_node(node)
             return
         named = [t for t in node.inputs if t.name]
+        if not named or not all(_is_constant(t) for t in named):  # asked first: a value may have to be decoded
+            return
         values = [constant_value(t) if t.name else None for t in node.inputs]
-        if not named or any(v is None for t, v in zip(node.inputs, values, strict=True) if t.name):
+        if any(v is None for t, v in zip(node.inputs, values, strict=True) if t.name):
+            self.refused[id(node)] = Refusal(_label(node), "an input is sparse, text or of less than a byte")
             return
         freed = sum(v.nbytes for t, v in zip(node.inputs, values, strict=True) if v is not None and self._only_here(t))
         limit = max(self.size_limit, freed)
@@ -213,7 +216,7 @@ class _Folder:
         if id(node) in self.removed or normal_domain(node) != "" or not node.outputs:
             return
         if node.op in ("Reshape", "Expand"):
-            yield from self._fold_target(node)
+            yield from self._fold_target(node, part)
         if node.op not in _SHAPE_OPERATORS:
             return
         result = self._propagate(node)
@@ -342,7 +345,7 @@ class _Folder:
 
     # ---- targets of Reshape and Expand -----------------------------------------------------------------------
 
-    def _fold_target(self, node: gs.Node) -> Iterator[Change]:
+    def _fold_target(self, node: gs.Node, part: Graph) -> Iterator[Change]:
         """Make the target of a Reshape or Expand constant where its unknown elements are the data's own dimensions."""
         if len(node.inputs) < 2:
             return
@@ -358,10 +361,11 @@ class _Folder:
         if constant is None:
             return
         old = node.inputs[1].name
-        shared = self.targets.get((old, tuple(constant)))
+        key = (id(part), old, tuple(constant))
+        shared = self.targets.get(key)
         if shared is None:
             value = np.array(constant, np.int64)
-            self.targets[old, tuple(constant)] = set_constant(node, 1, self.names.free(f"{old}_folded"), value)
+            self.targets[key] = set_constant(node, 1, self.names.free(f"{old}_folded"), value)
         else:
             node.inputs[1] = shared
         self.progress = True
@@ -478,6 +482,11 @@ def _frozen(value: NDArray[Any]) -> NDArray[Any]:
     value = value.view()
     value.flags.writeable = False
     return value
+
+
+def _is_constant(tensor: gs.Tensor) -> bool:
+    """True for initializers and for outputs of Constant nodes, whatever their type."""
+    return isinstance(tensor, gs.Constant) or (len(tensor.inputs) == 1 and tensor.inputs[0].op == "Constant")
 
 
 def _label(node: gs.Node) -> str:
