@@ -203,7 +203,9 @@ class _Importer:
         scope = _Scope(outer)
         types = _declared_types(proto)
         constants = [self.constant(tensor) for tensor in proto.initializer]
-        constants += [gs.Constant(s.values.name, StoredValues(s)) for s in proto.sparse_initializer]
+        for sparse in proto.sparse_initializer:
+            _numpy_type(sparse.values.data_type)
+            constants.append(gs.Constant(_checked(sparse.values.name), StoredValues(sparse)))
         info = ModelInfo(keepsake=_graph_keepsake(proto), initializer_order=tuple(c.name for c in constants))
 
         listed = {value.name for value in proto.input}
@@ -263,9 +265,9 @@ class _Importer:
                 return proto.i
             case _Attribute.STRING:
                 return _text(proto.s)
-            case _Attribute.TENSOR:
+            case _Attribute.TENSOR if proto.HasField("t"):
                 return self.constant(proto.t)
-            case _Attribute.GRAPH:
+            case _Attribute.GRAPH if proto.HasField("g"):
                 return self.graph(proto.g, scope)
             case _Attribute.FLOATS:
                 return list(proto.floats)
@@ -509,7 +511,11 @@ def to_skeleton(graph: Graph, *, threshold: int = 1024) -> Skeleton:
 
 
 def checkable(model: onnx.ModelProto, token: bytes) -> onnx.ModelProto:
-    """A copy of a skeleton that ONNX's checker accepts: weights that were left out have no elements."""
+    """A copy of a skeleton that ONNX's checker accepts.
+
+    Weights that were left out have no elements, and the domain ``ai.onnx``, which runtimes take for the default domain
+    and the checker does not know, is spelled ''.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for tensor in dense_tensors(copy.graph):
@@ -517,7 +523,27 @@ def checkable(model: onnx.ModelProto, token: bytes) -> onnx.ModelProto:
             tensor.ClearField("raw_data")
             del tensor.dims[:]
             tensor.dims.append(0)
+    _spell_default_domain(copy)
+    for function in copy.functions:
+        _spell_default_domain(function)
     return copy
+
+
+def _spell_default_domain(proto: onnx.ModelProto | onnx.FunctionProto) -> None:
+    imports = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in reversed(proto.opset_import)}
+    if any(o.domain == "ai.onnx" for o in proto.opset_import):
+        del proto.opset_import[:]
+        for domain, version in imports.items():
+            proto.opset_import.add(domain=domain, version=version)
+    graphs: list[Any] = [proto.graph if isinstance(proto, onnx.ModelProto) else proto]
+    while graphs:
+        for node in graphs.pop().node:
+            if node.domain == "ai.onnx":
+                node.domain = ""
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    graphs.append(attribute.g)
+                graphs.extend(attribute.graphs)
 
 
 class _Exporter:

@@ -262,6 +262,21 @@ def test_custom_domains_are_fine(tmp_path: Path) -> None:
     assert same(to_proto(load(tmp_path / "m.onnx")), model)
 
 
+def test_the_default_domain_by_its_other_name(tmp_path: Path) -> None:
+    """onnxruntime takes ai.onnx for the default domain; ONNX's checker does not know it."""
+    model = a_model()
+    for index in (1, 3):
+        model.graph.node[index].domain = "ai.onnx"
+    for imports in (["ai.onnx"], ["ai.onnx", ""], [""]):
+        del model.opset_import[:]
+        model.opset_import.extend(helper.make_opsetid(domain, 17) for domain in imports)
+        (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+        graph = load(tmp_path / "m.onnx")
+        assert same(to_proto(graph), model)
+        assert (tmp_path / "m.onnx").read_bytes() == save(graph, tmp_path / "out.onnx").path.read_bytes()
+        assert np.isfinite(Session(graph).run(feeds())["y"]).all()
+
+
 def test_a_model_with_an_overridable_initializer(tmp_path: Path) -> None:
     model = a_model()
     model.graph.input.append(helper.make_tensor_value_info("w", FLOAT, [ROWS, ROWS]))

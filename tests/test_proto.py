@@ -23,7 +23,7 @@ from onnxcompress.graph import (
     walk_graphs,
     walk_nodes,
 )
-from onnxcompress.proto import from_proto, to_proto, to_skeleton
+from onnxcompress.proto import checkable, from_proto, to_proto, to_skeleton
 from onnxcompress.shapes import infer_shapes
 
 FLOAT = TensorProto.FLOAT
@@ -109,7 +109,7 @@ def if_model() -> onnx.ModelProto:
 def rich_model() -> onnx.ModelProto:
     """One of everything that graphsurgeon has no place for."""
     inner = helper.make_graph(
-        [helper.make_node("Neg", ["x"], ["inner_y"], "inner_neg")], "inner", [], [value_info("inner_y", FLOAT, None)]
+        [helper.make_node("Neg", ["x"], ["inner_y"], "inner_neg")], "inner", [], [value_info("inner_y", FLOAT, [])]
     )
     odd = helper.make_node("Odd", ["x", "", "w"], ["h", "", "h2"], "odd", domain="my.domain", doc_string="a note")
     attributes = {
@@ -160,11 +160,12 @@ def rich_model() -> onnx.ModelProto:
             ),
             helper.make_sparse_tensor_value_info("sp", FLOAT, [2, 3]),
         ],
-        [value_info("y", FLOAT, None), value_info("z", FLOAT, ["batch", "?"])],
+        [value_info("y", FLOAT, ["batch", None]), value_info("z", FLOAT, ["batch", "?"])],
         [weight, tensor("scale", np.float32(0.5)), tensor("half", np.float16([1, 2]))],
         doc_string="graph notes",
         value_info=[
             value_info("h2", FLOAT, ["batch", 3], doc_string="hidden"),
+            value_info("h", FLOAT, None),
             value_info("w", FLOAT, [2, 3]),
             value_info("y", FLOAT, ["batch", 3]),
         ],
@@ -184,6 +185,7 @@ def rich_model() -> onnx.ModelProto:
             helper.make_opsetid("my.domain", 7),
             helper.make_opsetid("", 21),
             helper.make_opsetid("my.functions", 3),
+            helper.make_opsetid("ai.onnx", 21),
             helper.make_opsetid("unused", 2),
         ],
         functions=[function],
@@ -203,6 +205,7 @@ def rich_model() -> onnx.ModelProto:
 
 
 def test_everything_survives() -> None:
+    onnx.checker.check_model(checkable(rich_model(), b"no token"))
     graph = assert_round_trip(rich_model())
     odd = graph.nodes[0]
     assert isinstance(odd.attrs["type"], RawAttribute)
