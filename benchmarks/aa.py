@@ -16,7 +16,9 @@ import argparse
 import json
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -66,6 +68,46 @@ def slowed(model: onnx.ModelProto, percent: float, feeds: dict[str, np.ndarray],
     return with_extra_work(model, operators)
 
 
+def repeat(
+    reference: onnx.ModelProto,
+    candidate: onnx.ModelProto,
+    feeds: dict[str, np.ndarray],
+    repetitions: int,
+    *,
+    seconds: float = 10.0,
+    sessions: int = 10,
+    seed: int = 0,
+) -> list[BenchmarkResult]:
+    """The same comparison over and over, each with a seed of its own; one line a comparison on stdout."""
+    results: list[BenchmarkResult] = []
+    for number in range(repetitions):
+        result = benchmark(
+            reference, candidate, feeds, sessions=sessions, seconds=seconds, batch=None, seed=seed + number
+        )
+        results.append(result)
+        print(
+            f"{number + 1:3d}: {result.ratio:.4f} [{result.low:.4f}, {result.high:.4f}] {result.verdict}, "
+            f"{result.sessions} sessions, {result.pairs} pairs, {result.seconds:.1f} s",
+            flush=True,
+        )
+    return results
+
+
+def summary(results: Sequence[BenchmarkResult]) -> dict[str, Any]:
+    """How often the interval holds 1, the verdicts, and how wide the intervals are; JSON types."""
+    half_widths = [(r.high - r.low) / 2 for r in results]
+    return {
+        "repetitions": len(results),
+        "covers_1": sum(r.low <= 1.0 <= r.high for r in results),
+        "verdicts": dict(Counter(r.verdict for r in results)),
+        "ratio_median": round(statistics.median(r.ratio for r in results), 5),
+        "ratio_worst": round(max(results, key=lambda r: abs(r.ratio - 1)).ratio, 5),
+        "half_width_median": round(statistics.median(half_widths), 5),
+        "half_width_worst": round(max(half_widths), 5),
+        "seconds_median": round(statistics.median(r.seconds for r in results), 2),
+    }
+
+
 def main() -> None:
     """Repeat one comparison and count."""
     parser = argparse.ArgumentParser(description="Repeat one comparison and count right and wrong answers.")
@@ -82,38 +124,22 @@ def main() -> None:
     candidate = reference
     if arguments.slower:
         candidate = slowed(reference, arguments.slower, feeds, arguments.seconds)
-    results: list[BenchmarkResult] = []
-    for number in range(arguments.repetitions):
-        result = benchmark(
-            reference,
-            candidate,
-            feeds,
-            sessions=arguments.sessions,
-            seconds=arguments.seconds,
-            batch=None,
-            seed=arguments.seed + number,
-        )
-        results.append(result)
-        print(
-            f"{number + 1:3d}: {result.ratio:.4f} [{result.low:.4f}, {result.high:.4f}] {result.verdict}, "
-            f"{result.sessions} sessions, {result.pairs} pairs, {result.seconds:.1f} s",
-            flush=True,
-        )
-    half_widths = [(r.high - r.low) / 2 for r in results]
-    summary = {
+    results = repeat(
+        reference,
+        candidate,
+        feeds,
+        arguments.repetitions,
+        seconds=arguments.seconds,
+        sessions=arguments.sessions,
+        seed=arguments.seed,
+    )
+    facts = {
         "model": arguments.model.name,
-        "repetitions": len(results),
         "slower_percent": arguments.slower,
-        "covers_1": sum(r.low <= 1.0 <= r.high for r in results),
-        "verdicts": dict(Counter(r.verdict for r in results)),
-        "ratio_median": round(statistics.median(r.ratio for r in results), 5),
-        "ratio_worst": round(max((r.ratio for r in results), key=lambda ratio: abs(ratio - 1)), 5),
-        "half_width_median": round(statistics.median(half_widths), 5),
-        "half_width_worst": round(max(half_widths), 5),
-        "seconds_median": round(statistics.median(r.seconds for r in results), 2),
+        **summary(results),
         "environment": describe_environment(),
     }
-    print(json.dumps(summary))
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":

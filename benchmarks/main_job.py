@@ -1,0 +1,477 @@
+"""The main job on real models, each figure with its target.
+
+Folding that keeps the outputs, INT8 against ONNX Runtime's own static quantisation in the same run, what the runtime
+makes of the file, the time and memory that compressing takes, how far the benchmark can be trusted, and how fast the
+command line starts. Run from the root of the repository::
+
+    python benchmarks/main_job.py
+    python benchmarks/main_job.py --only int8,audit --quick
+    python benchmarks/main_job.py --markdown benchmarks/results/main_job.json
+
+The models and their data lie in the folder that ONNXCOMPRESS_CASES names (default ../shared/cases); without them only
+what needs none is measured. The last line on stdout is JSON. The exit code is 1 where a target was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from aa import random_feeds, repeat, summary
+from common import (
+    Case,
+    CasesMissingError,
+    alternate,
+    load_cases,
+    quantize_static,
+    quantize_static_input,
+    run_process,
+    save_samples,
+    table,
+    validation,
+)
+
+import onnxcompress as oc
+from onnxcompress.base import Context
+from onnxcompress.demo import demo_model_path
+from onnxcompress.environment import describe_environment
+from onnxcompress.io import model_bytes
+from onnxcompress.session import Feeds
+from onnxcompress.targets import get_target
+
+BATCH = 16
+#: calibration samples; squeezenet1.1 has 120
+SAMPLES = 256
+#: cases that INT8 is meant for, and the agreement with fp32 that they must reach
+AGREEMENT = {"resnet20": 0.988, "resnet56": 0.992, "mobilenetv2_cifar10": 0.989, "squeezenet1.1": 0.945}
+#: operators that must not stay float in these cases, with what the runtime's optimiser calls them
+INTEGER_OPERATORS = {
+    *("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "Concat", "Slice"),
+    *("Pad", "MaxPool", "NhwcMaxPool", "AveragePool", "GlobalAveragePool"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: what was measured on what, its target in words, and whether that was met (None: no target)."""
+
+    part: str
+    case: str
+    measure: str
+    value: float
+    #: the value as it is printed, with what is needed to read it
+    text: str
+    target: str = ""
+    passed: bool | None = None
+
+    @property
+    def verdict(self) -> str:
+        """PASS, FAIL, or nothing."""
+        return {True: "PASS", False: "FAIL", None: ""}[self.passed]
+
+
+@dataclass
+class Bench:
+    """One run: its options, what several parts need, and what was found."""
+
+    folder: Path
+    quick: bool
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    #: measured values by part, for the JSON
+    details: dict[str, Any] = field(default_factory=dict)
+    #: load average of the machine when each part began
+    load: dict[str, float | None] = field(default_factory=dict)
+
+    @cached_property
+    def cases(self) -> Mapping[str, Case]:
+        """All cases; raises CasesMissingError."""
+        return load_cases()
+
+    @cached_property
+    def quantised(self) -> dict[str, oc.CompressResult]:
+        """The cases that INT8 is meant for, compressed once, judged by the whole validation split."""
+        results = {}
+        for name in AGREEMENT:
+            case = self.cases[name]
+            say(f"compressing {name}")
+            results[name] = oc.compress(
+                case.model,
+                list(case.calibration(SAMPLES, BATCH)),
+                self.folder / f"{name}.int8.onnx",
+                eval_data=self.validation(name),
+                evaluate=case.evaluate,
+                benchmark=False,
+                max_drop=None,
+            )
+        return results
+
+    def validation(self, name: str) -> list[dict[str, Any]]:
+        """The validation split of a case; kept in memory for the last case only."""
+        if self._validation[0] != name:
+            self._validation = (name, validation(self.cases[name]))
+        return self._validation[1]
+
+    _validation: tuple[str, list[dict[str, Any]]] = ("", [])
+
+    def add(
+        self,
+        part: str,
+        case: str,
+        measure: str,
+        value: float,
+        text: str,
+        *,
+        least: float | None = None,
+        most: float | None = None,
+        target: str = "",
+    ) -> None:
+        """Record a figure; ``least`` and ``most`` bound the values that are good."""
+        passed = None
+        if least is not None or most is not None:
+            passed = (least is None or value >= least) and (most is None or value <= most)
+            target = target or (f">= {least:g}" if least is not None else f"<= {most:g}")
+        row = Row(part, case, measure, float(value), text, target, passed)
+        self.rows.append(row)
+        say(f"{row.verdict:4s} {part}, {case}: {measure} {text} {row.target}".rstrip())
+
+    # -- the parts ------------------------------------------------------------------------------------------------
+
+    def fold(self) -> None:
+        """The recipe ``lossless`` keeps the outputs, with the runtime's own optimisation off."""
+        for name, case in self.cases.items():
+            feeds = list(case.calibration(64 if self.quick else 512, BATCH))
+            folded = oc.load_recipe("lossless").pipeline()(oc.load(case.model))
+            path = self.folder / f"{name}.folded.onnx"
+            oc.save(folded.graph, path)
+            data = open_feeds(case, feeds)
+            worst = max(output.relative_l2 for output in oc.compare(case.model, path, data))
+            nodes = f"{folded.report.before.nodes} -> {folded.report.after.nodes} nodes"
+            text = f"{worst:.1e} ({data.samples} samples, {nodes})"
+            self.add("fold", name, "relative L2 to the original", worst, text, most=1e-5)
+
+    def int8(self) -> None:
+        """Accuracy, speed and size against ``quantize_static`` on the same samples."""
+        for name, agreement in AGREEMENT.items():
+            case = self.cases[name]
+            feeds = self.validation(name)
+            theirs = self.folder / f"{name}.ort.onnx"
+            prepared = quantize_static_input(case.model, self.folder / f"{name}.prepared.onnx")
+            quantize_static(prepared, case.calibration(SAMPLES, BATCH), theirs)
+            data = open_feeds(case, feeds)
+            other = oc.compare(case.model, theirs, data, optimization=("all", "all"))[0]
+            other_metric = case.evaluate(oc.Session(theirs).run)
+            result = self.quantised[name]
+            assert result.verification is not None
+            own, metric = result.verification.outputs[0], result.metrics[0]
+            own_bytes, other_bytes = model_bytes(result.output), model_bytes(theirs)
+            own_same, other_same = own.same_argmax or 0.0, other.same_argmax or 0.0
+            seconds = 3.0 if self.quick else 20.0
+            speed = oc.benchmark(theirs, result.output, data, seconds=seconds)
+            gain = oc.benchmark(case.model, result.output, data, seconds=seconds)
+
+            part = "int8"
+            text = f"{own.sqnr_db:.2f} dB, ORT {other.sqnr_db:.2f}"
+            target = "not more than 0.3 dB below ORT"
+            self.add(part, name, "SQNR", own.sqnr_db, text, least=other.sqnr_db - 0.3, target=target)
+            text = f"{own_same:.2%}, ORT {other_same:.2%}"
+            self.add(part, name, "agreement", own_same, text, least=agreement, target=f">= {agreement:.1%}")
+            text = f"{metric.result:.4f}, fp32 {metric.original:.4f}, ORT {other_metric:.4f}"
+            self.add(part, name, "metric", metric.result, text)
+            self.add(part, name, "speed, ORT time / ours", speed.ratio, interval(speed), least=0.97)
+            self.add(part, name, "speed, fp32 time / ours", gain.ratio, interval(gain))
+            text = f"{own_bytes:,} bytes, ORT {other_bytes:,}, fp32 {result.before.bytes:,}"
+            self.add(part, name, "file size", own_bytes, text, most=other_bytes, target="not larger than ORT's")
+            self.details.setdefault(part, {})[name] = {
+                "samples": {"calibration": SAMPLES if name != "squeezenet1.1" else 120, "validation": data.samples},
+                "ours": asdict(own) | {"metric": metric.result, "bytes": own_bytes},
+                "ort": asdict(other) | {"metric": other_metric, "bytes": other_bytes},
+                "fp32": {"metric": metric.original, "bytes": result.before.bytes},
+                "ort_over_ours": timing(speed),
+                "fp32_over_ours": timing(gain),
+            }
+
+    def audit(self) -> None:
+        """What the runtime makes of the written files."""
+        for name, result in self.quantised.items():
+            planned = result.audit or {}
+            reasons = {node["operator"]: node["reason"] for node in planned.get("floats", ())}
+            found = oc.audit(result.output, get_target(result.target))
+            left = [node for node in found.floats if node.operator in INTEGER_OPERATORS]
+            integer = ", ".join(f"{count} {op}" for op, count in found.integer.items())
+            others = sorted({node.operator for node in found.floats})
+            text = integer + "".join(f"; {op} is float: {reasons.get(op, 'no reason known')}" for op in others)
+            target = "no Conv, Gemm, Add, pool, Concat, Slice, Pad in float"
+            self.add("audit", name, "integer operators", len(left), text, most=0, target=target)
+            broken = len(planned.get("mismatches", ())) + len(planned.get("stranded", ()))
+            extra = abs(found.quantize - 1) + abs(found.dequantize - 1) + broken
+            text = f"{found.quantize} Q, {found.dequantize} DQ, {broken} not as planned"
+            self.add("audit", name, "conversions left", extra, text, most=0, target="1 Q, 1 DQ, all as planned")
+            self.details.setdefault("audit", {})[name] = found.to_dict()
+
+    def time(self) -> None:
+        """The time of compressing against that of ``quantize_static`` on the same feeds in memory."""
+        case = self.cases["squeezenet1.1"]
+        prepared = quantize_static_input(case.model, self.folder / "prepared.onnx")
+        insert_qdq = oc.load_pass("insert_qdq")()
+        order = random.Random(0)
+        repetitions = 2 if self.quick else 7
+        for batch in (BATCH, 1):
+            feeds = list(case.calibration(120, batch))
+
+            def quantize(feeds: list[Feeds] = feeds) -> None:
+                quantize_static(prepared, feeds, self.folder / "ort.onnx")
+
+            def one_pass(feeds: list[Feeds] = feeds) -> None:
+                graph = oc.load(case.model)
+                data = oc.open_data(feeds, oc.input_specs(graph))
+                oc.save(insert_qdq(graph, Context(original=graph, data=data)).graph, self.folder / "pass.onnx")
+
+            def whole(feeds: list[Feeds] = feeds) -> None:
+                oc.compress(case.model, feeds, self.folder / "whole.onnx", benchmark=False, max_drop=None)
+
+            jobs: dict[str, Callable[[], object]] = {
+                "quantize_static": quantize,
+                "insert_qdq": one_pass,
+                "compress": whole,
+            }
+            if batch == BATCH:
+                jobs["process"] = self.process_job(case, feeds)
+            seconds = alternate(jobs, repetitions, order.shuffle)
+            base = statistics.median(seconds["quantize_static"])
+            named = f"squeezenet1.1, batch {batch}"
+            for job, measure, most in (
+                ("insert_qdq", "insert_qdq with load and save / quantize_static", 1.2),
+                ("compress", "compress(benchmark=False) / quantize_static", 3.0),
+                ("process", "compress --no-benchmark as a process / quantize_static", None),
+            ):
+                if job in seconds:
+                    own = statistics.median(seconds[job])
+                    text = f"{own / base:.2f}x ({own:.2f} s / {base:.2f} s)"
+                    self.add("time", named, measure, own / base, text, most=most)
+            self.details.setdefault("time", {})[f"batch {batch}"] = {k: rounded(v) for k, v in seconds.items()}
+
+    def process_job(self, case: Case, feeds: Sequence[Feeds]) -> Callable[[], object]:
+        """The command line on the same samples in a file, as a whole process."""
+        data = self.folder / "squeezenet.npz"
+        save_samples(data, {name: np.concatenate([f[name] for f in feeds]) for name in feeds[0]})
+        command = compress_command(case.model, data, self.folder / "process.onnx")
+        return lambda: run_process(command)
+
+    def memory(self) -> None:
+        """The peak of a whole process must not grow with the number of samples."""
+        few, many = (16, 64) if self.quick else (64, 1000)
+        generator = np.random.default_rng(0)
+        for name in ("resnet20", "squeezenet1.1"):
+            case = self.cases[name]
+            specs = oc.input_specs(oc.load(case.model))
+            peaks = []
+            for samples in (few, many):
+                data = self.folder / "samples.npz"
+                shapes = {s.name: [d if isinstance(d, int) else samples for d in s.shape or ()] for s in specs}
+                save_samples(data, {n: generator.random([samples, *s[1:]], np.float32) for n, s in shapes.items()})
+                command = compress_command(case.model, data, self.folder / "process.onnx", "--batch", str(BATCH))
+                peaks.append(run_process(command).peak_mib)
+            ratio = peaks[1] / peaks[0]
+            text = f"{ratio:.3f}x ({peaks[1]:.0f} MiB / {peaks[0]:.0f} MiB)"
+            self.add("memory", name, f"peak at {many} samples / at {few}, batch {BATCH}", ratio, text, most=1.1)
+
+    def aa(self) -> None:
+        """A model against itself: the interval must hold 1."""
+        repetitions = 5 if self.quick else 20
+        model = onnx.load(demo_model_path())
+        found = summary(repeat(model, model, random_feeds(model, 0), repetitions, seconds=3.0 if self.quick else 10.0))
+        covers = found["covers_1"]
+        self.details["aa"] = found
+        text = f"{covers} of {repetitions}, half width {found['half_width_median']:.2%}"
+        least = 0.85 * repetitions
+        self.add("aa", "demo model", "intervals that hold 1", covers, text, least=least, target=f">= {least:g} of them")
+
+    def cli(self) -> None:
+        """The start of the command line, once the files are in the machine's cache."""
+        command = Path(sys.executable).parent / "onnxcompress"
+        start = [command] if command.is_file() else [sys.executable, "-m", "onnxcompress"]
+        run_process([*start, "--help"])
+        seconds = [run_process([*start, "--help"]).seconds for _ in range(5 if self.quick else 15)]
+        median = statistics.median(seconds)
+        self.details["cli"] = rounded(seconds)
+        self.add("cli", "--help", "seconds of the whole process", median, f"{median:.2f} s", most=0.5, target="< 0.5 s")
+
+    def run(self, parts: Sequence[str]) -> None:
+        """Run ``parts`` in order; those that need the cases are skipped where the cases are missing."""
+        for part in parts:
+            self.load[part] = describe_environment()["load_1min"]
+            try:
+                getattr(self, part)()
+            except CasesMissingError as error:
+                self.skipped.append(part)
+                say(f"skipped {part}: {error}")
+
+
+PARTS = ("fold", "int8", "audit", "time", "memory", "aa", "cli")
+
+
+def say(line: str) -> None:
+    """Progress goes to stdout, at once: a run takes minutes."""
+    print(line, flush=True)
+
+
+def open_feeds(case: Case, feeds: Sequence[Mapping[str, Any]]) -> oc.Dataset:
+    """Batches in memory as data for the model of ``case``."""
+    return oc.open_data(list(feeds), oc.input_specs(oc.load(case.model)))
+
+
+def compress_command(model: Path, data: Path, output: Path, *options: str) -> list[str | Path]:
+    """The main job as a process, without a benchmark and without a budget that random samples might miss."""
+    head: list[str | Path] = [sys.executable, "-m", "onnxcompress", "compress", model, "--data", data, "-o", output]
+    return [*head, "--no-benchmark", "--max-drop", "100", "--quiet", *options]
+
+
+def interval(result: oc.BenchmarkResult) -> str:
+    """The ratio with its interval."""
+    return f"{result.ratio:.3f}x [{result.low:.3f}, {result.high:.3f}]"
+
+
+def timing(result: oc.BenchmarkResult) -> dict[str, Any]:
+    """What the JSON keeps of a comparison."""
+    names = ("ratio", "low", "high", "verdict", "sessions", "pairs", "seconds")
+    return {name: getattr(result, name) for name in names}
+
+
+def rounded(seconds: Sequence[float]) -> list[float]:
+    """Seconds to the millisecond."""
+    return [round(value, 3) for value in seconds]
+
+
+# -- what is printed --------------------------------------------------------------------------------------------------
+
+
+def full_table(facts: Mapping[str, Any]) -> str:
+    """Every figure with its target."""
+    rows = [Row(**row) for row in facts["rows"]]
+    cells = [(r.part, r.case, r.measure, r.text, r.target, r.verdict) for r in rows]
+    return table(("part", "case", "measure", "value", "target", ""), cells)
+
+
+def markdown(facts: Mapping[str, Any]) -> str:
+    """The figures as they stand in README.md: one table for INT8, a line a case, and one for the rest."""
+    environment = facts["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    rows = [Row(**row) for row in facts["rows"]]
+    head = (
+        f"Measured {environment['date'][:10]} by `python benchmarks/main_job.py` on "
+        f"{environment['usable_cores']} cores of {environment['cpu']} ({', '.join(environment['instruction_sets'])}), Python {environment['python']}, "
+        f"{versions}. Times are ratios within one run."
+    )
+    parts = [head]
+    details = facts["details"].get("int8", {})
+    if details:
+        parts += [
+            "INT8 on one thread against ONNX Runtime's static quantisation (`quantize_static`: QDQ, min-max, uint8 "
+            "activations, int8 weights per channel) on the same samples; ORT / ours:",
+            table(
+                ("case", "metric fp32", "ORT / ours", "SQNR, dB", "agreement", "time ORT / ours", "time fp32 / ours",
+                 "size / fp32"),
+                [int8_cells(name, found) for name, found in details.items()],
+            ),
+        ]  # fmt: skip
+    rest = [(r.case, r.measure, r.text, r.target, r.verdict) for r in rows if r.part != "int8" and r.measure]
+    if rest:
+        parts.append(table(("case", "measure", "value", "target", ""), rest))
+    missed = [f"{r.case}, {r.measure}" for r in rows if r.passed is False]
+    judged = sum(r.passed is not None for r in rows)
+    parts.append(f"{judged - len(missed)} of {judged} targets met" + "".join(f"; missed: {m}" for m in missed) + ".")
+    return "\n\n".join(parts)
+
+
+def int8_cells(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+    """One line of the INT8 table."""
+    fp32, ort, ours = found["fp32"], found["ort"], found["ours"]
+    speed, gain = found["ort_over_ours"], found["fp32_over_ours"]
+    return (
+        name,
+        f"{fp32['metric']:.4f}",
+        f"{ort['metric']:.4f} / {ours['metric']:.4f}",
+        f"{ort['sqnr_db']:.1f} / {ours['sqnr_db']:.1f}",
+        f"{ort['same_argmax']:.1%} / {ours['same_argmax']:.1%}",
+        f"{speed['ratio']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]",
+        f"{gain['ratio']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]",
+        f"{ort['bytes'] / fp32['bytes']:.3f} / {ours['bytes'] / fp32['bytes']:.3f}",
+    )
+
+
+def parse_parts(text: str) -> tuple[str, ...]:
+    """The parts named in ``text``, in the order of the script."""
+    names = text.split(",")
+    for name in names:
+        if name not in PARTS:
+            raise argparse.ArgumentTypeError(f"unknown part {name!r}; expected some of {','.join(PARTS)}")
+    return tuple(part for part in PARTS if part in names)
+
+
+def merged(facts: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``facts`` with the parts that were not run taken from an earlier run on the same machine and versions."""
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if any(earlier["environment"][key] != facts["environment"][key] for key in ("cpu", "versions", "python")):
+        raise SystemExit(f"{path} was measured on another machine or with other versions; run all parts again")
+    ran = {row["part"] for row in facts["rows"]}
+    rows = [row for row in earlier["rows"] if row["part"] not in ran] + facts["rows"]
+    rows.sort(key=lambda row: PARTS.index(row["part"]))
+    return facts | {
+        "rows": rows,
+        "details": earlier["details"] | facts["details"],
+        "load_1min": earlier["load_1min"] | facts["load_1min"],
+    }
+
+
+def main() -> int:
+    """Measure, print, and tell by the exit code whether all targets were met."""
+    parser = argparse.ArgumentParser(description="Measure the main job on real models and hold it against its targets.")
+    parser.add_argument("--only", type=parse_parts, default=PARTS, metavar="PART,...", help=",".join(PARTS))
+    parser.add_argument("--quick", action="store_true", help="fewer samples and repetitions; the figures are rough")
+    parser.add_argument("--output", type=Path, help="write the JSON to this file too")
+    parser.add_argument("--update", action="store_true", help="keep the parts of --output that are not run")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="print the tables of an earlier run and stop")
+    arguments = parser.parse_args()
+    if arguments.markdown is not None:
+        print(markdown(json.loads(arguments.markdown.read_text(encoding="utf-8"))))
+        return 0
+    environment = describe_environment()
+    with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
+        bench = Bench(Path(folder), arguments.quick)
+        bench.run(arguments.only)
+    facts: dict[str, Any] = {
+        "environment": environment,
+        "quick": arguments.quick,
+        "skipped": bench.skipped,
+        "load_1min": bench.load,
+        "rows": [asdict(row) for row in bench.rows],
+        "details": bench.details,
+    }
+    if arguments.update and arguments.output is not None and arguments.output.is_file():
+        facts = merged(facts, arguments.output)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    say(full_table(facts))
+    if bench.skipped:
+        say(f"skipped, since the real models are missing: {', '.join(bench.skipped)}")
+    missed = sum(row["passed"] is False for row in facts["rows"])
+    say(f"{missed} targets missed")
+    print(json.dumps(facts | {"failed": missed}))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
