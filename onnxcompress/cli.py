@@ -364,10 +364,9 @@ def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> N
 @click.option(
     "--max-drop",
     type=click.FloatRange(0),
-    default=0.5,
-    show_default=True,
     metavar="POINTS",
-    help="Points that the metric may lose, or the agreement with the original where there is no metric.",
+    help="Points that the metric, or without one the agreement with the original, may lose. Default: 0.5 of "
+    "--evaluate; 0.5 and the sampling error with labels; without a metric the output must keep 10 dB SQNR.",
 )
 @click.option(
     "--exclude", multiple=True, metavar="NAME", help="Leave operators float: name, type or pattern; repeatable."
@@ -401,6 +400,8 @@ def compress(terminal: Terminal, /, model: str, report: str | None, save_recipe:
     the written file, and only then is it moved to OUT.
     """
     options["preprocess"] = _preprocess(options["preprocess"])
+    if options["max_drop"] is None:
+        options["max_drop"] = "auto"
     from onnxcompress.compress import compress as run
 
     result = run(model, progress=terminal.progress, check=False, **options)

@@ -9,6 +9,7 @@ Saving is deterministic, and the two files' hashes are compared, so what was jud
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -16,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from onnxcompress.base import Context, Guarantee, PassReport, Progress, SilentProgress
 from onnxcompress.benchmark import BenchmarkResult, benchmark
 from onnxcompress.data import Dataset, open_data, synthetic_data
 from onnxcompress.errors import AccuracyError, OnnxCompressError, SlowerError, UsageError
-from onnxcompress.evaluate import Evaluator, checked_metric, evaluate_labels, load_evaluator
+from onnxcompress.evaluate import Evaluator, LabelRanks, checked_metric, label_ranks, load_evaluator
 from onnxcompress.graph import Graph, input_specs, model_info
 from onnxcompress.inspect_model import PlannedNode, plan, total_macs
 from onnxcompress.io import SavedModel, load, model_bytes, save
@@ -35,10 +36,25 @@ from onnxcompress.verify import OutputComparison, check_equivalent, compare
 if TYPE_CHECKING:
     from onnxcompress.data import Preprocess
 
-__all__ = ["Budget", "CompressResult", "Metric", "ModelSize", "Verification", "compress", "slower_error"]
+__all__ = [
+    "Budget",
+    "CompressResult",
+    "Metric",
+    "ModelSize",
+    "Verification",
+    "compress",
+    "sampling_error",
+    "slower_error",
+]
 
 #: relative L2 that a change of the order of floating-point operations may cause
 EQUIVALENT_TOLERANCE = 1e-5
+#: points that the task metric may lose where nobody says
+DEFAULT_DROP = 0.5
+#: SQNR in dB below which a result computes something else, whatever the task: its error is a third of the signal
+LEAST_SQNR = 10.0
+#: agreement below which a person should look, where there is no metric
+GOOD_AGREEMENT = 0.995
 #: share of ``data`` held out for verification where there is no ``eval_data``
 HELD_OUT = 0.1
 #: samples of synthetic data, where that is all there is
@@ -86,22 +102,31 @@ class Verification:
 
     @property
     def agreement(self) -> float | None:
-        """Share of samples with the same argmax, of the first output that has classes; None where none has."""
-        return next((o.same_argmax for o in self.outputs if o.same_argmax is not None), None)
+        """Share with the same argmax, of the first output that has classes; None where none has.
+
+        An output that may hold one row of scores a sample goes first.
+        """
+        known = sorted((o for o in self.outputs if o.same_argmax is not None), key=lambda o: not o.score_rows)
+        return known[0].same_argmax if known else None
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What ``max_drop`` was held against: the metric's name or "agreement", and the drop in points."""
+    """What the result was held against, and what was found."""
 
+    #: the metric's name, "agreement" or "SQNR"
     basis: str
-    max_drop: float
-    drop: float
+    #: points that it may lose; for "SQNR" the dB that it must keep
+    limit: float
+    #: points that it has lost; for "SQNR" the dB that it has kept
+    found: float
 
     @property
     def met(self) -> bool:
-        """False also where the drop is not a number."""
-        return self.drop <= self.max_drop + 1e-9
+        """False also where what was found is not a number."""
+        if self.basis == "SQNR":
+            return self.found >= self.limit
+        return self.found <= self.limit + 1e-9
 
 
 @dataclass(frozen=True)
@@ -147,7 +172,7 @@ def compress(
     samples: int | None = None,
     random_data: bool = False,
     exclude: Sequence[str] = (),
-    max_drop: float | None = 0.5,
+    max_drop: float | Literal["auto"] | None = "auto",
     benchmark: bool = True,
     benchmark_seconds: float = 10.0,
     fail_if_slower_than: float | None = None,
@@ -176,8 +201,10 @@ def compress(
         samples: read at most this many samples of ``data``.
         random_data: calibrate on random data where there is no ``data``; the result is of unknown accuracy.
         exclude: operators that are not quantised, by name, type or pattern.
-        max_drop: how many points the metric may lose, or the agreement with the original where there is no metric;
-            None: no budget.
+        max_drop: how many points the metric may lose, or the agreement with the original where there is no metric.
+            "auto": 0.5 for a metric of ``evaluate``; 0.5 and the sampling error of the comparison for labels,
+            ``100 * sqrt(samples that only one of both models has right) / samples``; without a metric the first
+            floating-point output must keep 10 dB SQNR. None: no budget.
         benchmark: time the result against the original, one thread, in pairs.
         benchmark_seconds: about how long that may take.
         fail_if_slower_than: the least ratio of times (original over result) that is accepted.
@@ -193,7 +220,7 @@ def compress(
     Raises:
         UsageError: an option, the recipe or the data cannot be used.
         ModelError: the model cannot be used.
-        AccuracyError: ``max_drop`` was missed.
+        AccuracyError: the accuracy budget was missed.
         SlowerError: ``fail_if_slower_than`` was missed.
         RuntimeUnavailableError: onnxruntime is needed and not installed.
     """
@@ -247,10 +274,12 @@ def compress(
 
 
 def _check_limits(
-    max_drop: float | None, fail_if_slower_than: float | None, samples: int | None, batch: int | None
+    max_drop: float | str | None, fail_if_slower_than: float | None, samples: int | None, batch: int | None
 ) -> None:
-    if max_drop is not None and not max_drop >= 0:
-        raise UsageError(f"a budget of {max_drop} points is not possible; expected 0 or more")
+    if isinstance(max_drop, str) and max_drop != "auto":
+        raise UsageError(f"a budget of {max_drop!r} is not possible; expected points, 'auto' or None")
+    if isinstance(max_drop, int | float) and not 0 <= max_drop < math.inf:
+        raise UsageError(f"a budget of {max_drop} points is not possible; expected a number from 0 up")
     if fail_if_slower_than is not None and not fail_if_slower_than > 0:
         raise UsageError(f"a ratio of {fail_if_slower_than} is not possible; expected more than 0")
     for name, value in (("samples", samples), ("batch", batch)):
@@ -283,7 +312,7 @@ class _Job:
     recipe: Recipe
     target: str
     evaluate: Evaluator | None
-    max_drop: float | None
+    max_drop: float | Literal["auto"] | None
     benchmark: bool
     benchmark_seconds: float
     fail_if_slower_than: float | None
@@ -442,8 +471,8 @@ class _Job:
             with self.timed("verify"):
                 verification = self.verified(result, staged)
             with self.timed("evaluate"):
-                metrics = self.measured(staged)
-            budget = self.budget(verification, metrics)
+                metrics, sampling_error = self.measured(staged)
+            budget = self.budget(verification, metrics, sampling_error)
             result = replace(result, verification=verification, metrics=metrics, budget=budget)
             if budget is not None and not budget.met:
                 failure = AccuracyError(self.missed(budget, verification))
@@ -492,40 +521,71 @@ class _Job:
             )
         return Verification(self.eval_source, data.samples, data.fingerprint(), tuple(outputs))
 
-    def measured(self, staged: SavedModel) -> tuple[Metric, ...]:
-        """The task metric of both models: the evaluator's, or top-1 and top-5 where the data has labels."""
+    def measured(self, staged: SavedModel) -> tuple[tuple[Metric, ...], float]:
+        """The task metric of both models, and the sampling error in points of the first one's difference.
+
+        It is the evaluator's metric, of which the error is not known (0), or top-1 and top-5 where the data has labels.
+        """
         labelled = self.eval_data if self.eval_data is not None and self.eval_data.has_labels else None
         if self.evaluate is None and labelled is None:
-            return ()
+            return (), 0.0
         scores: list[dict[str, float]] = []
+        ranks: list[LabelRanks] = []
         for path in (self.model, staged.path):
             session = Session(path, optimization="all", threads=self.threads)
             if self.evaluate is not None:
                 scores.append({"metric": checked_metric(self.evaluate(session.run), "evaluate")})
             elif labelled is not None:
-                scores.append(evaluate_labels(session.run, labelled, progress=self.progress))
-        return tuple(Metric(name, value, scores[1][name]) for name, value in scores[0].items())
+                ranks.append(label_ranks(session.run, labelled, progress=self.progress))
+                scores.append(ranks[-1].metrics())
+        metrics = tuple(Metric(name, value, scores[1][name]) for name, value in scores[0].items())
+        return metrics, sampling_error(*ranks) if ranks else 0.0
 
-    def budget(self, verification: Verification, metrics: Sequence[Metric]) -> Budget | None:
-        """The drop that ``max_drop`` limits: of the first metric, or else of the agreement with the original."""
+    def budget(self, verification: Verification, metrics: Sequence[Metric], error: float) -> Budget | None:
+        """What the result is held against, see ``max_drop`` of :func:`compress`; None where there is nothing to hold.
+
+        ``error`` is the sampling error of the first metric's difference in points. A budget that was asked for is
+        strict.
+        """
         if self.max_drop is None:
             return None
         if metrics:
-            return Budget(metrics[0].name, self.max_drop, metrics[0].drop)
+            limit = DEFAULT_DROP + error if self.max_drop == "auto" else self.max_drop
+            return Budget(metrics[0].name, limit, metrics[0].drop)
+        if self.max_drop == "auto":
+            return self.floor(verification)
         if verification.agreement is None:
-            self.warn(
-                "no output has classes and there is no metric, so the accuracy budget was not checked: --evaluate"
-            )
+            self.warn("the accuracy budget was not checked: no output has classes and there is no metric; --evaluate")
             return None
         return Budget("agreement", self.max_drop, 100.0 * (1.0 - verification.agreement))
 
+    def floor(self, verification: Verification) -> Budget | None:
+        """Without a metric only what surely computes something else is turned down; the rest is for a person to judge.
+
+        Whether an output holds class scores or an embedding is not known, so a low agreement is told and not enforced.
+        """
+        rows = next((o for o in verification.outputs if o.score_rows and o.same_argmax is not None), None)
+        if rows is not None and rows.same_argmax is not None and rows.same_argmax < GOOD_AGREEMENT:
+            self.warn(
+                f"agreement {100 * rows.same_argmax:.2f} % with the original on {verification.samples} samples; give "
+                "labels or --evaluate to judge accuracy, --max-drop to enforce"
+            )
+        first = next((o for o in verification.outputs if o.equal_elements is None), None)
+        return None if first is None else Budget("SQNR", LEAST_SQNR, first.sqnr_db)
+
     def missed(self, budget: Budget, verification: Verification) -> str:
         """What to say about a missed budget."""
+        on = f" on {verification.samples} samples ({verification.source})" if self.evaluate is None else ""
+        if budget.basis == "SQNR":
+            first = next(o for o in verification.outputs if o.equal_elements is None)
+            return (
+                f"output {first.name!r} kept {budget.found:.1f} dB SQNR{on}, below {budget.limit:g} dB: the result "
+                "computes something else; exclude operators, use --recipe lossless, or --force it"
+            )
         hint = "use --eval-data or --evaluate, " if self.evaluate is None and self.eval_source == "held-out" else ""
         what = "agreement with the original" if budget.basis == "agreement" else budget.basis
-        on = f" on {verification.samples} samples ({verification.source})" if self.evaluate is None else ""
         return (
-            f"{what} is {budget.drop:.2f} points lower{on}, the budget is {budget.max_drop:g}; "
+            f"{what} is {budget.found:.2f} points lower{on}, the budget is {_points(budget.limit)}; "
             f"{hint}raise --max-drop, exclude operators or --force it"
         )
 
@@ -545,6 +605,16 @@ class _Job:
         return result
 
 
+def sampling_error(original: LabelRanks, result: LabelRanks) -> float:
+    """Standard error in points of the difference of both models' top-1, which see the same samples.
+
+    Only samples that one of both has right and the other wrong move the difference; each moves it by one sample, up or
+    down. Source: McNemar's test, without its continuity correction.
+    """
+    differing = int((original.top(1) != result.top(1)).sum())
+    return 100.0 * math.sqrt(differing) / len(original.ranks)
+
+
 def slower_error(timing: BenchmarkResult, limit: float) -> SlowerError | None:
     """The error where the whole interval of the ratio lies below ``limit``; an undecided ratio is none."""
     if timing.high >= limit:
@@ -554,6 +624,10 @@ def slower_error(timing: BenchmarkResult, limit: float) -> SlowerError | None:
 
 def _interval(timing: BenchmarkResult) -> str:
     return f"{timing.ratio:.2f}x the original's, 95 % interval {timing.low:.2f} to {timing.high:.2f}"
+
+
+def _points(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def _size(graph: Graph, size: int) -> ModelSize:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from onnxcompress.data import Batch, Dataset
 from onnxcompress.errors import DataError, ModelError, UsageError
 from onnxcompress.user_code import load_function
 
-__all__ = ["Evaluator", "Run", "checked_metric", "evaluate_labels", "load_evaluator"]
+__all__ = ["Evaluator", "LabelRanks", "Run", "checked_metric", "evaluate_labels", "label_ranks", "load_evaluator"]
 
 #: feeds in, {output name: array} out
 Run = Callable[[dict[str, NDArray[Any]]], Mapping[str, Any]]
@@ -63,6 +64,23 @@ def _size(value: Any) -> int:
     return math.prod(int(d) for d in shape)
 
 
+@dataclass(frozen=True)
+class LabelRanks:
+    """Where each sample's label stands among the classes."""
+
+    #: ``[samples]``: how many classes score higher than the label
+    ranks: NDArray[np.int64]
+    classes: int
+
+    def top(self, k: int) -> NDArray[np.bool_]:
+        """``[samples]``: True where the label is among the ``k`` highest scores."""
+        return self.ranks < k
+
+    def metrics(self, top: tuple[int, ...] = (1, 5)) -> dict[str, float]:
+        """``{"top-1": 0.91, "top-5": 0.99}``; a ``k`` that is not below the number of classes is left out."""
+        return {f"top-{k}": float(self.top(k).mean()) for k in top if k == 1 or k < self.classes}
+
+
 def evaluate_labels(
     run: Run,
     data: Dataset | Iterable[Batch],
@@ -89,9 +107,23 @@ def evaluate_labels(
         ModelError: no output has one row of scores a sample.
         UsageError: the model has no output of the name ``output``.
     """
+    return label_ranks(run, data, output=output, progress=progress).metrics(top)
+
+
+def label_ranks(
+    run: Run,
+    data: Dataset | Iterable[Batch],
+    *,
+    output: str | None = None,
+    progress: Progress | None = None,
+) -> LabelRanks:
+    """The rank of every sample's label, from which the metrics are made and with which two models can be paired.
+
+    Arguments and errors are those of :func:`evaluate_labels`.
+    """
     progress = progress if progress is not None else SilentProgress()
-    hits: dict[int, int] = {}
-    samples = 0
+    ranks: list[NDArray[np.int64]] = []
+    samples = classes = 0
     total = len(data) if isinstance(data, Dataset) else None
     for batch in progress.track(data, "evaluating", total):
         if batch.labels is None:
@@ -107,15 +139,11 @@ def evaluate_labels(
                 f"sample {samples + int(np.flatnonzero(wrong)[0])} has label {int(batch.labels[wrong][0])} but output "
                 f"{output!r} has {classes} classes; expected 0 to {classes - 1}"
             )
-        if not hits:
-            hits = {k: 0 for k in top if k == 1 or k < classes}
-        ranks = _ranks(scores, batch.labels)
-        for k in hits:
-            hits[k] += int(np.count_nonzero(ranks < k))
+        ranks.append(_ranks(scores, batch.labels))
         samples += len(batch.labels)
     if not samples:
         raise DataError("there is no data to evaluate on; expected at least one batch")
-    return {f"top-{k}": count / samples for k, count in hits.items()}
+    return LabelRanks(np.concatenate(ranks), classes)
 
 
 def _score_output(outputs: Mapping[str, Any], samples: int) -> str:

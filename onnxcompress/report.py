@@ -241,7 +241,8 @@ def _before_after(result: CompressResult, after: Any) -> Table:
         )
     if result.verification is not None:
         for output in result.verification.outputs:
-            agreement = "" if output.same_argmax is None else f", agreement {100 * output.same_argmax:.2f} %"
+            shown = output.same_argmax if output.score_rows else None
+            agreement = "" if shown is None else f", agreement {100 * shown:.2f} %"
             sqnr = "equal to the original's" if output.sqnr_db == math.inf else f"SQNR {_decibel(output.sqnr_db)}"
             table.add_row(f"output {printable(output.name)}", "", "", f"{sqnr}{agreement}")
     for metric in result.metrics:
@@ -371,7 +372,8 @@ def print_comparisons(console: Console, outputs: Sequence[OutputComparison]) -> 
     """One line an output."""
     table = _table("output", "max abs", "relative L2", "SQNR", "same argmax")
     for output in outputs:
-        argmax = "" if output.same_argmax is None else f"{100 * output.same_argmax:.2f} %"
+        shown = output.same_argmax if output.score_rows else None
+        argmax = "" if shown is None else f"{100 * shown:.2f} %"
         table.add_row(
             printable(output.name),
             f"{output.max_abs:.3g}",

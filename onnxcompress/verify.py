@@ -54,6 +54,9 @@ class OutputComparison:
     equal_elements: float | None = None
     #: places where one model answers NaN or an infinity and the other does not answer the same
     nonfinite_mismatches: int = 0
+    #: True where the output may hold class scores, one row a sample: [N, C] with C > 1, further axes of size 1 allowed.
+    #: For other outputs the argmax is a figure, but no prediction
+    score_rows: bool = False
 
 
 def compare(
@@ -167,6 +170,7 @@ class _Accumulator:
         self._elements = self._unequal = self._nonfinite = 0
         self._positions = self._same = 0
         self._floating = self._numeric = True
+        self._score_rows = False
 
     def update(self, a: Any, b: Any) -> None:
         """Add one batch: an array, or what the runtime makes of sequences, maps and optionals (list, dict, None)."""
@@ -234,6 +238,7 @@ class _Accumulator:
             return
         if _kind(a) == "float" and a.dtype.kind != "f":  # bfloat16 and float8 have no argmax of their own
             a, b = a.astype(np.float32), b.astype(np.float32)
+        self._score_rows = all(d == 1 for d in a.shape[2:])
         same = a.argmax(axis) == b.argmax(axis)
         self._positions += same.size
         self._same += int(np.count_nonzero(same))
@@ -256,6 +261,7 @@ class _Accumulator:
             same_argmax=self._same / self._positions if self._positions else None,
             equal_elements=equal,
             nonfinite_mismatches=self._nonfinite,
+            score_rows=self._score_rows,
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from small_cnn import logits, write_data, write_model
 
 from onnxcompress.base import Guarantee
 from onnxcompress.benchmark import BenchmarkResult, ModelTiming
-from onnxcompress.compress import Budget, CompressResult, Metric, compress, slower_error
+from onnxcompress.compress import Budget, CompressResult, Metric, compress, sampling_error, slower_error
 from onnxcompress.errors import AccuracyError, DataError, ModelError, RecipeError, SlowerError, UsageError
+from onnxcompress.evaluate import LabelRanks
 from onnxcompress.io import file_sha256
 from onnxcompress.recipe import load_recipe
 
@@ -187,6 +190,108 @@ def test_agreement_is_the_budget_without_a_metric(run: Callable[..., CompressRes
     assert result.budget == Budget("agreement", 50.0, 100 * (1 - result.verification.agreement))
 
 
+@pytest.mark.parametrize(
+    ("original", "result", "points"),
+    [([0, 0, 0, 3], [0, 0, 0, 3], 0.0), ([0, 1, 0, 3], [0, 0, 2, 3], 100 * 2**0.5 / 4), ([2], [5], 0.0)],
+)
+def test_only_samples_that_one_model_has_right_make_a_sampling_error(
+    original: list[int], result: list[int], points: float
+) -> None:
+    ranks = [LabelRanks(np.array(r), 10) for r in (original, result)]
+    assert sampling_error(*ranks) == pytest.approx(points)
+
+
+def relabelled(folder: Path, target: Path, samples: int, wrong: int) -> Path:
+    """The first ``samples`` of the labelled data, ``wrong`` of them with another class than the model's."""
+    with np.load(folder / "eval.npz") as arrays:
+        x, labels = arrays["x"][:samples], arrays["labels"][:samples].copy()
+    labels[:wrong] = (labels[:wrong] + 1) % 4
+    np.savez(target, allow_pickle=False, x=x, labels=labels)
+    return target
+
+
+def test_one_flipped_sample_of_26_is_no_failure(
+    run: Callable[..., CompressResult], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = relabelled(folder, tmp_path / "few.npz", 26, 0)
+    module = import_module("onnxcompress.compress")
+    real = module.label_ranks
+
+    def flipped(*arguments: Any, **options: Any) -> LabelRanks:
+        answer: LabelRanks = real(*arguments, **options)
+        flipped.calls += 1  # type: ignore[attr-defined]
+        ranks = np.zeros(26, np.int64)
+        ranks[: flips if flipped.calls % 2 == 0 else 0] = 3  # type: ignore[attr-defined]
+        return LabelRanks(ranks, answer.classes)
+
+    flipped.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "label_ranks", flipped)
+    flips = 1
+    result = run(eval_data=data, max_drop="auto")
+    assert result.saved is not None
+    assert result.budget is not None
+    assert (result.budget.limit, result.budget.found) == pytest.approx((0.5 + 100 / 26, 100 / 26))
+    with pytest.raises(AccuracyError, match=r"top-1 is 3\.85 points lower on 26 samples .* the budget is 0\.5;"):
+        run(eval_data=data, max_drop=0.5)
+    flips = 4
+    with pytest.raises(AccuracyError, match=r"top-1 is 15\.38 points lower .* the budget is 8\.19;"):
+        run(eval_data=data, max_drop="auto")
+
+
+def test_a_metric_of_the_users_own_is_held_strictly(run: Callable[..., CompressResult]) -> None:
+    scores = iter([0.900, 0.894, 0.900, 0.896])
+    with pytest.raises(AccuracyError, match=r"metric is 0\.60 points lower, the budget is 0\.5;"):
+        run(evaluate=lambda answer: next(scores), max_drop="auto")
+    kept = run(evaluate=lambda answer: next(scores), max_drop="auto").budget
+    assert kept is not None
+    assert (kept.basis, kept.limit) == ("metric", 0.5)
+    assert kept.found == pytest.approx(0.4)
+
+
+def test_without_a_metric_a_low_agreement_is_told(
+    run: Callable[..., CompressResult], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("onnxcompress.compress")
+    share, rows, real = 0.98, True, module.compare
+
+    def lowered(*arguments: Any, **options: Any) -> list[Any]:
+        return [replace(o, same_argmax=share, score_rows=rows) for o in real(*arguments, **options)]
+
+    def told() -> list[str]:
+        result = run(eval_data=folder / "plain.npz", max_drop="auto")
+        assert result.saved is not None
+        assert result.budget is not None
+        assert (result.budget.basis, result.budget.limit) == ("SQNR", 10.0)
+        return [warning for warning in result.warnings if "agreement" in warning]
+
+    monkeypatch.setattr(module, "compare", lowered)
+    assert told() == [
+        "agreement 98.00 % with the original on 200 samples; give labels or --evaluate to judge accuracy, "
+        "--max-drop to enforce"
+    ]
+    with pytest.raises(AccuracyError, match=r"agreement with the original is 2\.00 points lower"):
+        run(eval_data=folder / "plain.npz", max_drop=1)
+    rows = False
+    assert told() == []
+    share, rows = 0.995, True
+    assert told() == []
+
+
+def test_without_a_metric_what_computes_something_else_is_turned_down(
+    run: Callable[..., CompressResult], folder: Path, tmp_path: Path
+) -> None:
+    x = np.random.default_rng(0).normal(size=(64, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "tiny.npz", allow_pickle=False, x=x * np.float32(1e-3))
+    np.savez(tmp_path / "large.npz", allow_pickle=False, x=x * np.float32(100))
+    model = write_model(tmp_path / "raw.onnx", softmax=False)
+    options = {"model": model, "data": tmp_path / "tiny.npz", "eval_data": tmp_path / "large.npz", "max_drop": "auto"}
+    with pytest.raises(AccuracyError, match=r"output 'y' kept -?\d+\.\d dB SQNR on 64 samples .* below 10 dB"):
+        run(**options)
+    forced = run(**options, force=True)
+    assert forced.saved is not None
+    assert any("computes something else" in warning and "--force" in warning for warning in forced.warnings)
+
+
 def test_a_budget_that_nothing_can_judge_is_told(run: Callable[..., CompressResult], tmp_path: Path) -> None:
     model = write_model(tmp_path / "one.onnx", classes=1, softmax=False)
     result = run(model=model, eval_data=None)
@@ -240,12 +345,16 @@ def test_drops_are_counted_in_points() -> None:
     assert Metric("m", 76.1, 75.6).drop == pytest.approx(0.5)
     assert not Budget("m", 0.5, float("nan")).met
     assert Budget("m", 0.0, 0.0).met
+    assert Budget("SQNR", 10.0, 10.0).met
+    assert not Budget("SQNR", 10.0, float("-inf")).met
 
 
 UNUSABLE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no data": ({"data": None}, UsageError, "recipe 'int8' calibrates and needs samples"),
     "both": ({"random_data": True}, UsageError, "both data and random data"),
     "budget": ({"max_drop": -1.0}, UsageError, "budget of -1.0 points"),
+    "a budget that is no number": ({"max_drop": float("nan")}, UsageError, "budget of nan points"),
+    "a budget in words": ({"max_drop": "none"}, UsageError, "budget of 'none'"),
     "ratio": ({"benchmark": True, "fail_if_slower_than": 0.0}, UsageError, "ratio of 0.0"),
     "limit without benchmark": ({"fail_if_slower_than": 1.0}, UsageError, "needs the benchmark"),
     "samples": ({"samples": 0}, UsageError, "samples is 0"),

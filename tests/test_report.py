@@ -116,13 +116,15 @@ def test_the_table_tells_what_matters(result: CompressResult, console: Console) 
 
 
 def test_equal_outputs_are_called_equal(console: Console) -> None:
-    same = OutputComparison("y", 0.0, 0.0, math.inf, 1.0)
+    same = OutputComparison("y", 0.0, 0.0, math.inf, 1.0, score_rows=True)
     assert comparison_report(same)["equal"] is True
     broken = OutputComparison("z", math.inf, math.inf, -math.inf, None)
     assert comparison_report(broken)["equal"] is False
     print_comparisons(console, [same, broken])
     assert "equal" in text(console)
-    assert "100.00 %" in text(console)
+    assert text(console).count("100.00 %") == 1
+    print_comparisons(console, [OutputComparison("states", 0.0, 0.0, math.inf, 1.0)])
+    assert text(console).count("100.00 %") == 1, "no agreement where the output has no rows of class scores"
 
 
 def test_names_from_outside_are_printed_as_they_are(console: Console) -> None:
