@@ -10,6 +10,7 @@ Exit codes: 0 done; 1 internal error; 2 usage or bad data; 3 invalid or unsafe m
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import sys
@@ -140,6 +141,8 @@ class _Group(click.Group):
             status = super().main(args, prog_name or "onnxcompress", *more, **extra)
             sys.stdout.flush()
         except BaseException as error:
+            if isinstance(error, click.UsageError):  # may be raised before --json is read
+                terminal.json |= "--json" in (args if args is not None else sys.argv)
             status = _status(error, terminal)
         finally:
             terminal.close()
@@ -198,8 +201,11 @@ def _status(error: BaseException, terminal: Terminal) -> int:
     if isinstance(error, BrokenPipeError):
         _discard_output()
         return 0
-    if isinstance(error, click.ClickException):
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
+        return error.exit_code
+    if isinstance(error, click.ClickException):
+        terminal.error(_usage_message(error), error.exit_code, "UsageError")
         return error.exit_code
     if terminal.debug:
         import traceback
@@ -217,6 +223,15 @@ def _status(error: BaseException, terminal: Terminal) -> int:
         message = f"{kind}: {message}: this is a bug in onnxcompress, please report it{hint}"
     terminal.error(message, code, kind)
     return code
+
+
+def _usage_message(error: click.ClickException) -> str:
+    """click's message in one line of the form that all errors have."""
+    text = error.format_message().strip().removesuffix(".")
+    for kind in ("integer", "float"):  # click's name of a number with limits
+        text = text.replace(f"is not a valid {kind} range", f"is not {'an' if kind == 'integer' else 'a'} {kind}")
+    command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx is not None else None
+    return f"{text[:1].lower()}{text[1:]}" + (f"; see {command} --help" if command else "")
 
 
 def _discard_output() -> None:
@@ -262,6 +277,18 @@ def _output_options(command: Any) -> Any:
     return _flag("json", "Print one JSON object on stdout and everything else on stderr.")(command)
 
 
+class _Number(click.FloatRange):
+    """A finite number: NaN is inside of every range."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
 _MODEL = click.Path(dir_okay=False, path_type=str)
 _FILE = click.Path(dir_okay=False, path_type=str)
 pass_terminal = click.make_pass_decorator(Terminal, ensure=True)
@@ -305,7 +332,11 @@ _data_options = _options(
     click.option("--samples", type=click.IntRange(1), metavar="N", help="Read at most N samples of --data."),
     click.option("--seed", type=click.IntRange(0), metavar="N", help="Seed of everything random; default 0."),
     click.option(
-        "--threads", type=click.IntRange(0), default=0, metavar="N", help="Threads to run with; 0: the runtime chooses."
+        "--threads",
+        type=click.IntRange(0, 1024),
+        default=0,
+        metavar="N",
+        help="Threads to run with; 0: the runtime chooses.",
     ),
 )
 
@@ -333,12 +364,27 @@ def _preprocess(text: str | None) -> Any:
     return Preprocess.parse(text)
 
 
+def _check_files(model: str, options: Mapping[str, Any], report: str | None, save_recipe: str | None = None) -> None:
+    """Refuse files that cannot be written, or that would replace one that is read or written too, before any work."""
+    from onnxcompress.destination import checked_destination
+    from onnxcompress.io import model_files
+
+    others = {"the model": model, "the output": options["output"]}
+    named = {"data": "data", "eval_data": "evaluation data", "recipe": "recipe", "evaluate": "evaluator"}
+    others |= {f"the {what}": options.get(name) for name, what in {**named, "preprocess": "preprocessing"}.items()}
+    for what, path in (("the report", report), ("the saved recipe", save_recipe)):
+        if path is not None:
+            if checked_destination(path, others).exists():
+                checked_destination(path, {f"the model's {file.name}": file for file in model_files(model)})
+            others[what] = path
+
+
 def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> None:
     """Print and write what there is to tell, then raise the budget that was missed."""
     from onnxcompress.report import compress_report, print_compress, to_json, write_text
 
     full = compress_report(result) if terminal.json or report is not None else None
-    if report is not None:
+    if report is not None and result.after is not None:
         write_text(report, to_json(full) + "\n")
     if terminal.quiet:
         terminal.warn(result.warnings)
@@ -363,7 +409,7 @@ def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> N
 @click.option("--evaluate", metavar="FILE.py:FUNCTION", help="Task metric: gets a function that runs the model.")
 @click.option(
     "--max-drop",
-    type=click.FloatRange(0),
+    type=_Number(0),
     metavar="POINTS",
     help="Points that the metric, or without one the agreement with the original, may lose. Default: 0.5 of "
     "--evaluate; 0.5 and the sampling error with labels; without a metric the output must keep 10 dB SQNR.",
@@ -373,7 +419,7 @@ def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> N
 )
 @click.option(
     "--fail-if-slower-than",
-    type=click.FloatRange(0, min_open=True),
+    type=_Number(0, min_open=True),
     metavar="RATIO",
     help="Fail where the result surely runs at less than RATIO times the original's speed.",
 )
@@ -382,7 +428,7 @@ def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> N
 )
 @click.option(
     "--benchmark-seconds",
-    type=click.FloatRange(0, min_open=True),
+    type=_Number(0, min_open=True),
     default=10.0,
     show_default=True,
     metavar="S",
@@ -399,6 +445,7 @@ def compress(terminal: Terminal, /, model: str, report: str | None, save_recipe:
     The recipe's passes run, the outputs are compared with the original's, the task metric and the speed are measured on
     the written file, and only then is it moved to OUT.
     """
+    _check_files(model, options, report, save_recipe)
     options["preprocess"] = _preprocess(options["preprocess"])
     if options["max_drop"] is None:
         options["max_drop"] = "auto"
@@ -433,7 +480,7 @@ def inspect(terminal: Terminal, /, model: str, target: str) -> None:
 @_data_options
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0),
+    type=_Number(0),
     metavar="X",
     help="Exit with 4 where the relative L2 error of an output is above X.",
 )
@@ -477,7 +524,7 @@ def compare(
 @_data_options
 @click.option(
     "--seconds",
-    type=click.FloatRange(0, min_open=True),
+    type=_Number(0, min_open=True),
     default=10.0,
     show_default=True,
     metavar="S",
@@ -493,7 +540,7 @@ def compare(
 )
 @click.option(
     "--fail-if-slower-than",
-    type=click.FloatRange(0, min_open=True),
+    type=_Number(0, min_open=True),
     metavar="RATIO",
     help="Exit with 5 where B surely runs at less than RATIO times A's speed.",
 )
@@ -567,7 +614,7 @@ def _samples(
 @click.option("--benchmark/--no-benchmark", default=True, show_default=True, help="Time the result.")
 @click.option(
     "--benchmark-seconds",
-    type=click.FloatRange(0, min_open=True),
+    type=_Number(0, min_open=True),
     default=10.0,
     show_default=True,
     metavar="S",
@@ -630,6 +677,7 @@ def _pass_command(name: str) -> click.Command:
         terminal = click.get_current_context().ensure_object(Terminal)
         given = {field: options.pop(field) for field in fields}
         step = _make_pass(cls, {field: value for field, value in given.items() if value is not None})
+        _check_files(model, options, report)
         options["preprocess"] = _preprocess(options["preprocess"])
         from onnxcompress.compress import compress as run
         from onnxcompress.recipe import Recipe

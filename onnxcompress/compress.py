@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from onnxcompress.base import Context, Guarantee, PassReport, Progress, SilentProgress
 from onnxcompress.benchmark import BenchmarkResult, benchmark
 from onnxcompress.data import Dataset, open_data, synthetic_data
+from onnxcompress.destination import checked_destination
 from onnxcompress.errors import AccuracyError, OnnxCompressError, SlowerError, UsageError
 from onnxcompress.evaluate import Evaluator, LabelRanks, checked_metric, label_ranks, load_evaluator
 from onnxcompress.graph import Graph, input_specs, model_info
@@ -57,6 +58,8 @@ LEAST_SQNR = 10.0
 GOOD_AGREEMENT = 0.995
 #: share of ``data`` held out for verification where there is no ``eval_data``
 HELD_OUT = 0.1
+#: threads that a session may have: more than any machine has cores, and few enough to be created at once
+MOST_THREADS = 1024
 #: samples of synthetic data, where that is all there is
 SYNTHETIC_SAMPLES = 16
 
@@ -226,7 +229,7 @@ def compress(
     """
     if benchmark is False and fail_if_slower_than is not None:
         raise UsageError("fail_if_slower_than needs the benchmark; drop --no-benchmark or --fail-if-slower-than")
-    _check_limits(max_drop, fail_if_slower_than, samples, batch)
+    _check_limits(max_drop, fail_if_slower_than, benchmark_seconds, samples, batch, threads, seed)
     chosen = with_exclusions(load_recipe(recipe), exclude)
     target_name = target if target is not None else chosen.target
     get_target(target_name)
@@ -237,7 +240,8 @@ def compress(
             f"recipe {chosen.source!r} calibrates and needs samples; give --data, or --random-data for a result of "
             "unknown accuracy"
         )
-    output_path = _checked_output(output, Path(model))
+    inputs = {"the model": model, "the data": data, "the evaluation data": eval_data, "the recipe": recipe}
+    output_path = checked_destination(output, {**inputs, "the evaluator": evaluate})
     if verify or benchmark:
         import_onnxruntime()
     if isinstance(evaluate, str):
@@ -262,6 +266,7 @@ def compress(
         )
         with job.timed("load"):
             graph = load(model, trusted=trusted)
+        checked_destination(output_path, {f"the model's {file.name}": file for file in model_info(graph).files})
         try:
             with job.timed("data"):
                 job.open_data(graph, data, eval_data, random_data, preprocess, batch, samples)
@@ -274,33 +279,29 @@ def compress(
 
 
 def _check_limits(
-    max_drop: float | str | None, fail_if_slower_than: float | None, samples: int | None, batch: int | None
+    max_drop: float | str | None,
+    fail_if_slower_than: float | None,
+    benchmark_seconds: float,
+    samples: int | None,
+    batch: int | None,
+    threads: int,
+    seed: int | None,
 ) -> None:
     if isinstance(max_drop, str) and max_drop != "auto":
         raise UsageError(f"a budget of {max_drop!r} is not possible; expected points, 'auto' or None")
     if isinstance(max_drop, int | float) and not 0 <= max_drop < math.inf:
         raise UsageError(f"a budget of {max_drop} points is not possible; expected a number from 0 up")
-    if fail_if_slower_than is not None and not fail_if_slower_than > 0:
-        raise UsageError(f"a ratio of {fail_if_slower_than} is not possible; expected more than 0")
+    if fail_if_slower_than is not None and not 0 < fail_if_slower_than < math.inf:
+        raise UsageError(f"a ratio of {fail_if_slower_than} is not possible; expected a number above 0")
+    if not 0 < benchmark_seconds < math.inf:
+        raise UsageError(f"a benchmark of {benchmark_seconds} seconds is not possible; expected a number above 0")
+    if not 0 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads is {threads}; expected 0 (the runtime chooses) to {MOST_THREADS}")
+    if seed is not None and seed < 0:
+        raise UsageError(f"seed is {seed}; expected 0 or more")
     for name, value in (("samples", samples), ("batch", batch)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more")
-
-
-def _checked_output(output: str | os.PathLike[str], model: Path) -> Path:
-    """``output`` as a path that a file can be moved to; never the model itself, under whatever name."""
-    if not os.fspath(output):
-        raise UsageError("no output file was given; name one with -o")
-    path = Path(output)
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder; give the name of the file to write")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: its folder does not exist; create {path.parent} first")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{path}: its folder cannot be written to; choose another one")
-    if path.exists() and model.exists() and path.samefile(model):
-        raise UsageError(f"{path}: is the model itself; the input is never overwritten, name another output")
-    return path
 
 
 @dataclass

@@ -157,7 +157,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     temporary: str | None = None
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}-", delete=False
+            "w", encoding="utf-8", dir=target.parent, prefix=".onnxcompress-", delete=False
         ) as file:
             temporary = file.name
             file.write(text)
@@ -306,7 +306,7 @@ def _print_dry_run(console: Console, result: CompressResult) -> None:
     if any(p.name == "insert_qdq" for p in result.recipe.passes):
         print_plan(console, result.planned)
     print_warnings(console, result.warnings)
-    console.print(f"dry run: nothing was written to {printable(str(result.output))}")
+    console.print("dry run: nothing was written")
 
 
 def _size_line(result: CompressResult) -> str:

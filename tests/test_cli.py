@@ -140,7 +140,7 @@ def test_quiet_leaves_warnings(call: Callable[..., Result]) -> None:
 
 
 def test_a_dry_run_writes_nothing(call: Callable[..., Result], tmp_path: Path) -> None:
-    result = call(COMPRESS + " --dry-run --save-recipe recipe.yaml")
+    result = call(COMPRESS + " --dry-run --save-recipe recipe.yaml --report report.json")
     assert result.exit_code == 0
     assert "would become integer" in result.output
     assert "nothing was written" in result.output
@@ -224,7 +224,28 @@ def test_benchmark_models(call: Callable[..., Result]) -> None:
 # Exit codes
 
 FAILURES = {
-    "usage": ("compress MODEL --data DATA", 2, "Missing option '-o'"),
+    "usage": (
+        "compress MODEL --data DATA",
+        2,
+        "error: missing option '-o' / '--output'; see ",
+    ),
+    "no number": ("compress MODEL --data DATA -o out.onnx --samples x", 2, "'x' is not an integer; see"),
+    "not a number": ("compress MODEL --data DATA -o out.onnx --max-drop nan", 2, "nan is not a finite number"),
+    "endless": ("compress MODEL --data DATA -o out.onnx --benchmark-seconds inf", 2, "inf is not a finite number"),
+    "a million threads": ("compress MODEL --data DATA -o out.onnx --threads 1000000", 2, "0<=x<=1024"),
+    "report into nowhere": (COMPRESS + " --report nowhere/r.json", 2, "create nowhere first"),
+    "recipe into nowhere": (COMPRESS + " --save-recipe nowhere/r.yaml", 2, "create nowhere first"),
+    "report over the model": (COMPRESS + " --report MODEL", 2, "is the model itself"),
+    "report over the data": (COMPRESS + " --report DATA", 2, "is the data itself"),
+    "report over the evaluation data": (COMPRESS + " --report EVAL", 2, "is the evaluation data itself"),
+    "report over the output": (COMPRESS + " --report out.onnx", 2, "is the output itself"),
+    "report over the saved recipe": (COMPRESS + " --report r --save-recipe ./r", 2, "is the report itself"),
+    "report of a pass over the model": ("fold_constants MODEL -o out.onnx --report MODEL", 2, "is the model itself"),
+    "report to a device": (COMPRESS + " --report /dev/null", 2, "no regular file"),
+    "output over the data": ("compress MODEL --data DATA -o DATA", 2, "is the data itself"),
+    "output over the evaluator": (COMPRESS.replace("out.onnx", "score.py") + " --evaluate score.py:exact", 2, "itself"),
+    "output to a device": (COMPRESS.replace("out.onnx", "/dev/null"), 2, "no regular file"),
+    "a name that is too long": (COMPRESS.replace("out.onnx", "x" * 300), 2, "File name too long"),
     "unknown option": ("compress MODEL -o out.onnx --dta DATA", 2, "--dta"),
     "no data": ("compress MODEL -o out.onnx", 2, "give --data"),
     "no model": ("compress nowhere.onnx --data DATA -o out.onnx", 2, "nowhere.onnx"),
@@ -253,8 +274,11 @@ def test_failures_have_a_code_and_one_line(
         f"Y = np.load({str(tmp_path / 'expected.npy')!r})\n"
         "def exact(run): return (run({'x': X})['y'] == Y).all(axis=1).mean()\n"
     )
+    before = {path: path.read_bytes() for path in (*folder.iterdir(), tmp_path / "score.py")}
     result = call(line)
     assert result.exit_code == code, result.output
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(result.stderr.splitlines()) == 1 + result.stderr.count("warning: ")
     assert message in result.stderr
     assert "Traceback" not in result.output
     errors = [text for text in result.stderr.splitlines() if text.lower().startswith("error: ")]
@@ -287,6 +311,14 @@ def test_every_error_has_its_code(
     assert json.loads(result.stdout)["error"]["exit_code"] == code
     assert "Traceback" not in result.stderr
     assert ("Traceback" in call("inspect MODEL --debug").stderr) is (code != 130)
+
+
+@pytest.mark.parametrize("line", ["compress MODEL --json", "inspect MODEL --nonsense --json", "nothing --json"])
+def test_wrong_usage_is_json_too(call: Callable[..., Result], line: str) -> None:
+    result = call(line)
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["type"] == "UsageError"
+    assert len(result.stderr.splitlines()) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
