@@ -8,6 +8,7 @@ The form, per tensor that becomes integer:
   ``T_dequantized``, float ones go on reading ``T``.
 - made by data movement (Reshape, Slice, Pad, MaxPool, a Concat of equal parameters): the operator itself is written on
   the integers, ``T_in_quantized -> op -> T_quantized``, so that no fusion has to happen; ``T`` is its dequantised form.
+  A target whose ``movement`` is ``qdq`` gets the first form here too, with equal parameters on both sides.
 
 Biases stay float: the runtime stores them as int32 itself. Only where an integer Gemm or MatMul keeps a float output
 does it need an int32 bias in the file.
@@ -96,7 +97,7 @@ class _Writer:
         for name, tensor in self.placement.quantized.items():
             self._activation(name, tensor)
         for unit in self.placement.integer_units:
-            if unit.moves:
+            if self._on_integers(unit):
                 self._move(unit)
                 yield unit.node, f"{unit.node.op} on integers"
             else:
@@ -109,6 +110,10 @@ class _Writer:
 
     def _variable(self, label: str, like: gs.Tensor, dtype: np.dtype[Any]) -> gs.Variable:
         return gs.Variable(self.names.free(label), dtype, list(like.shape) if like.shape is not None else None)
+
+    def _on_integers(self, unit: Unit) -> bool:
+        """True where the operator itself is written on the integers."""
+        return unit.integer and unit.moves and self.placement.target.movement == "integers"
 
     # ---- activations
 
@@ -123,19 +128,19 @@ class _Writer:
         readers = self.placement.consumers.get(name, [])
         if self.placement.writes_float(name):
             self._node("QuantizeLinear", [tensor, *self._parameters(name)], integers)
-            if any(reader.integer and not reader.moves for reader in readers):
+            if any(reader.integer and not self._on_integers(reader) for reader in readers):
                 detour = self.detours[name] = self._variable(f"{name}_dequantized", tensor, np.dtype(np.float32))
                 self._node("DequantizeLinear", [integers, *self._parameters(name)], detour)
             return
         assert maker is not None
         last = maker.activation if maker.activation is not None else maker.node
         position = next(i for i, t in enumerate(last.outputs) if t is tensor)
-        if maker.moves:
+        if self._on_integers(maker):
             last.outputs[position] = integers
         else:
             last.outputs[position] = made = self._variable(f"{name}_float", tensor, np.dtype(np.float32))
             self._node("QuantizeLinear", [made, *self._parameters(name)], integers)
-        if name in self.placement.outputs or any(not (reader.integer and reader.moves) for reader in readers):
+        if name in self.placement.outputs or any(not self._on_integers(reader) for reader in readers):
             self._node("DequantizeLinear", [integers, *self._parameters(name)], tensor)
 
     def _parameters(self, name: str) -> list[gs.Constant]:

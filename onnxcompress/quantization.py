@@ -17,6 +17,7 @@ __all__ = [
     "QuantScheme",
     "Range",
     "activation_qparams",
+    "bounded_pairs",
     "dequantize",
     "fake_quantize",
     "quantize",
@@ -48,11 +49,13 @@ class QuantScheme:
     """An integer type and how it is used.
 
     ``symmetric`` puts the zero point in the middle of the type (0 for int8) and, for int8, leaves -128 out.
+    ``largest_pair`` bounds the sum of any two integers of one sign that share a scale; None: no bound.
     """
 
     dtype: Literal["uint8", "int8"]
     symmetric: bool
     bits: int = 8
+    largest_pair: int | None = None
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -129,7 +132,37 @@ def weight_qparams(
         needed = np.abs(np.asarray(bias, np.float64)) / (input_scale * MAX_BIAS)
         scale = np.maximum(scale, needed.reshape(scale.shape) if axis is not None else needed.max(initial=0.0))
     scale = np.where(scale > np.finfo(np.float32).tiny, scale, 1.0)  # an all-zero channel: any scale will do
-    return QParams(scale.astype(np.float32), np.zeros(scale.shape, scheme.numpy_dtype), axis)
+    found = scale.astype(np.float32)
+    if scheme.largest_pair is not None:
+        found = bounded_pairs(weight, found, axis, scheme.largest_pair)
+    return QParams(found, np.zeros(scale.shape, scheme.numpy_dtype), axis)
+
+
+def bounded_pairs(
+    weight: NDArray[Any], scale: NDArray[np.float32], axis: int | None, largest_pair: int
+) -> NDArray[np.float32]:
+    """The smallest scales from ``scale`` up with which no two integers of one sign sum to more than ``largest_pair``.
+
+    Only the two largest weights of each sign in a channel matter, since rounding keeps the order. For every split k of
+    the bound, a scale of at least ``first / (k + 0.5)`` and ``second / (largest_pair - k + 0.5)`` keeps to it.
+    """
+    values = np.asarray(weight, np.float32)
+    rows = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+    flat = scale.reshape(-1)
+    if rows.shape[1] < 2:
+        return scale
+    found = flat.copy()
+    splits = np.arange(0, largest_pair + 1) + 0.5
+    for signed in (rows, -rows):
+        two = np.maximum(np.partition(signed, rows.shape[1] - 2, axis=1)[:, -2:], 0)  # second, first
+        limits = np.maximum(two[:, 1:] / splits, two[:, :1] / (largest_pair + 1 - splits)).astype(np.float64)
+        needed = limits.min(axis=1)
+        broken = np.rint(two / found[:, None]).sum(axis=1) > largest_pair
+        found[broken] = np.maximum(found, needed.astype(np.float32))[broken]
+        # Ties and the rounding of the scale itself are settled with the arithmetic of QuantizeLinear.
+        while (broken := np.rint(two / found[:, None]).sum(axis=1) > largest_pair).any():
+            found[broken] = np.nextafter(found[broken], np.float32(np.inf))
+    return found.reshape(scale.shape)
 
 
 def quantize(values: NDArray[Any], params: QParams) -> NDArray[Any]:

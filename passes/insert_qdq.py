@@ -36,13 +36,20 @@ from onnxcompress.targets import Target, get_target
 
 __all__ = ["InsertQdq"]
 
+_HERE = {True: "this one has it", False: "this one does not", None: "this one is not known"}
+
 
 class InsertQdq(Pass):
     """Quantise activations and weights to 8 bits, calibrated on data."""
 
     name: ClassVar[str] = "insert_qdq"
 
-    observer: Literal["min_max"] = Field("min_max", description="How ranges are found from calibration data")
+    observer: Literal["min_max", "percentile", "entropy", "mse"] = Field(
+        "min_max", description="How ranges are found from calibration data"
+    )
+    percentile: float = Field(
+        99.99, ge=50, le=100, description="Percent of the values that observer percentile keeps, cut on both sides"
+    )
     exclude_nodes: tuple[str, ...] = Field((), description="Node names that stay float; * and ? match as in a shell")
     exclude_operators: tuple[str, ...] = Field((), description="Operator types that stay float, such as Gemm")
     audit: bool = Field(True, description="Check on the optimised graph what became integer, and strip what did not")
@@ -79,20 +86,20 @@ class InsertQdq(Pass):
         ranges = self._ranges(prepared, placement, context)
         changes = _write(prepared, placement, ranges)
         stripped: dict[str, str] = {}
-        if self.audit:
+        if self.audit and target.audited:
             proof = audit(prepared, target, placement)
             if proof.mismatches:
                 stripped = {m.node: m.found for m in proof.mismatches}
                 prepared = copy_graph(graph)
                 placement = self._place(prepared, target, tuple(stripped))
                 missing = [s for sources in placement.sources.values() for s in sources if s not in ranges]
-                ranges |= self._calibrate(copy_graph(graph), missing, context)
+                ranges |= self._calibrate(copy_graph(graph), placement, missing, context)
                 changes = _write(prepared, placement, ranges)
                 proof = audit(prepared, target, placement)
             yield Detail("audit", proof.to_dict())
             _warn_about(proof, context)
         replace_contents(graph, prepared)
-        _warn_without_vnni(placement, context)
+        _warn_of_the_target(placement, context)
 
         yield from changes
         for unit in placement.units:
@@ -112,12 +119,23 @@ class InsertQdq(Pass):
         )
 
     def _ranges(self, graph: Graph, placement: Placement, context: Context) -> dict[str, Range]:
-        return self._calibrate(graph, [s for sources in placement.sources.values() for s in sources], context)
+        sources = [s for names in placement.sources.values() for s in names]
+        return self._calibrate(graph, placement, sources, context)
 
-    def _calibrate(self, graph: Graph, tensors: list[str], context: Context) -> dict[str, Range]:
+    def _calibrate(
+        self, graph: Graph, placement: Placement, tensors: list[str], context: Context
+    ) -> dict[str, Range]:
         assert context.data is not None
         return calibrate(
-            graph, tensors, context.data, self.observer, threads=context.threads, progress=context.progress
+            graph,
+            tensors,
+            context.data,
+            self.observer,
+            shared=placement.sources.values(),
+            scheme=placement.target.activations,
+            percentile=self.percentile,
+            threads=context.threads,
+            progress=context.progress,
         )
 
 
@@ -137,11 +155,15 @@ def _warn_about(proof: FusionAudit, context: Context) -> None:
         context.warn(f"{len(proof.mismatches)} nodes did not become integer as planned: {names}")
 
 
-def _warn_without_vnni(placement: Placement, context: Context) -> None:
-    """int8 weights times uint8 activations saturate in 16 bits where the processor lacks VNNI (or AMX)."""
-    if any(unit.rule is not None and unit.rule.weight is not None for unit in placement.integer_units):
-        here = {True: "this one has it", False: "this one does not", None: "this one is not known"}
+def _warn_of_the_target(placement: Placement, context: Context) -> None:
+    """What the target's table says about INT8, and that int8 weights times uint8 activations saturate without VNNI."""
+    target = placement.target
+    if target.int8_note is not None:
+        context.warn(target.int8_note)
+    weights = any(unit.rule is not None and unit.rule.weight is not None for unit in placement.integer_units)
+    if weights and target.saturates:
         context.warn(
             "on x86 processors without VNNI or AMX int8 weights saturate and accuracy drops "
-            f"({here[has_int8_dot_product(cpu_flags())]}); there, set session.x64quantprecision=1 in onnxruntime"
+            f"({_HERE[has_int8_dot_product(cpu_flags())]}); there, use --target x86-any, or set "
+            "session.x64quantprecision=1 in onnxruntime"
         )

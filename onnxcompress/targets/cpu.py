@@ -1,90 +1,20 @@
-"""What a runtime can run as integers: one rule table per target, read by placement, by `inspect` and by the audit.
+"""ONNX Runtime's CPU execution provider.
 
-The table for ``cpu`` states what ONNX Runtime's CPU execution provider fuses at optimisation level EXTENDED (its QDQ
-selectors) and which of its kernels take 8-bit tensors as they are. A rule that is wrong here shows up as a mismatch in
-the fusion audit, which reads the same table.
+The table states what the runtime fuses at optimisation level EXTENDED (its QDQ selectors) and which of its kernels take
+8-bit tensors as they are. A rule that is wrong here shows up as a mismatch in the fusion audit, which reads the same
+table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcompress.errors import UsageError
 from onnxcompress.graph import attribute, constant_value
 from onnxcompress.quantization import QuantScheme
-from onnxcompress.shapes import TensorType
+from onnxcompress.targets.base import OperatorRule, Role, Target, Types, WeightRule
 
-__all__ = ["CPU", "TARGETS", "OperatorRule", "Role", "Target", "WeightRule", "get_target"]
-
-Types = Mapping[str, TensorType]
-
-
-class Role(Enum):
-    """How an operator takes part in an integer graph."""
-
-    #: multiplies activations with weights: always worth running as integers
-    COMPUTE = "compute"
-    #: has an integer kernel with its own scales for inputs and output
-    ARITHMETIC = "arithmetic"
-    #: moves or selects values, so it runs on the integers as they are and its output shares the input's parameters
-    MOVEMENT = "movement"
-    #: folds into the quantiser behind it, because the quantiser's range ends where the activation's does
-    ACTIVATION = "activation"
-
-
-@dataclass(frozen=True)
-class WeightRule:
-    """Where the weight and the bias sit. ``axis`` gives the output channel axis of the weight."""
-
-    index: int
-    axis: Callable[[gs.Node, int], int]
-    bias: int | None = None
-
-
-@dataclass(frozen=True)
-class OperatorRule:
-    """When one operator becomes integer on a target.
-
-    Attributes:
-        role: see :class:`Role`.
-        integer_ops: operator types that the runtime's optimiser turns the node into.
-        inputs: positions of the activations; None for every input.
-        weight: where the weight sits, for compute operators.
-        float_output: the integer kernel can write floats, so that no output quantiser is needed.
-        since: first opset whose operator has the integer kernel.
-        gain: estimated nanoseconds saved per output element by running as integers, on one thread; see placement.
-        refuse: the reason why this node stays float although its operator is in the table, or None.
-    """
-
-    role: Role
-    integer_ops: tuple[str, ...]
-    inputs: tuple[int, ...] | None = (0,)
-    weight: WeightRule | None = None
-    float_output: bool = False
-    since: int = 1
-    gain: float = 0.1
-    refuse: Callable[[gs.Node, Types, int], str | None] = field(default=lambda node, types, opset: None)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A runtime and device: integer types, the rule table, and the reasons for operators that are not in it."""
-
-    name: str
-    description: str
-    activations: QuantScheme
-    weights: QuantScheme
-    rules: Mapping[str, OperatorRule]
-    #: why well-known operators have no rule
-    float_reasons: Mapping[str, str]
-    #: QuantizeLinear with per-channel weights needs this opset
-    minimum_opset: int
-
+__all__ = ["CPU"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Conditions
@@ -223,7 +153,7 @@ def _add(node: gs.Node, types: Types, opset: int) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# ONNX Runtime, CPU execution provider
+# The table
 
 _MOVEMENT = {
     # operator: first opset whose kernel takes uint8
@@ -298,17 +228,3 @@ CPU = Target(
     },
     minimum_opset=13,
 )
-
-#: Targets by name.
-TARGETS: dict[str, Target] = {CPU.name: CPU}
-
-
-def get_target(name: str) -> Target:
-    """The target called ``name``.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if name not in TARGETS:
-        raise UsageError(f"unknown target {name!r}; expected one of {', '.join(TARGETS)}")
-    return TARGETS[name]
