@@ -231,7 +231,8 @@ def _usage_message(error: click.ClickException) -> str:
     for kind in ("integer", "float"):  # click's name of a number with limits
         text = text.replace(f"is not a valid {kind} range", f"is not {'an' if kind == 'integer' else 'a'} {kind}")
     command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx is not None else None
-    return f"{text[:1].lower()}{text[1:]}" + (f"; see {command} --help" if command else "")
+    see = f"; see {command} --help" if command and not text.endswith("?") else ""
+    return f"{text[:1].lower()}{text[1:]}{see}"
 
 
 def _discard_output() -> None:
@@ -333,7 +334,7 @@ _data_options = _options(
     click.option("--seed", type=click.IntRange(0), metavar="N", help="Seed of everything random; default 0."),
     click.option(
         "--threads",
-        type=click.IntRange(0, 1024),
+        type=click.IntRange(0, max(64, os.cpu_count() or 1)),
         default=0,
         metavar="N",
         help="Threads to run with; 0: the runtime chooses.",
@@ -503,7 +504,7 @@ def compare(
     from onnxcompress.report import SCHEMA, comparison_report, print_comparisons
     from onnxcompress.verify import compare as run
 
-    with _samples(terminal, a, **data) as samples:
+    with _samples(terminal, a, b, **data) as samples:
         outputs = run(
             a, b, samples, optimization=(optimization, optimization), threads=threads, progress=terminal.progress
         )
@@ -564,7 +565,7 @@ def benchmark(
     from onnxcompress.compress import slower_error
     from onnxcompress.report import SCHEMA, print_benchmark
 
-    with _samples(terminal, a, seed=seed, batch=batch, **data) as samples:
+    with _samples(terminal, a, b, seed=seed, batch=batch, **data) as samples:
         for candidate in terminal.progress.track((b,), f"timing both models, about {seconds:g} s", 1):
             result = run(
                 a,
@@ -587,6 +588,7 @@ def benchmark(
 def _samples(
     terminal: Terminal,
     model: str,
+    other: str,
     *,
     data: str | None,
     preprocess: str | None,
@@ -597,9 +599,10 @@ def _samples(
     """The samples of ``--data``, or made-up ones that fit the inputs of ``model``."""
     from onnxcompress.data import open_data, synthetic_data
     from onnxcompress.graph import input_specs
-    from onnxcompress.io import load
+    from onnxcompress.io import load, model_bytes
 
     graph = load(model)
+    model_bytes(other)  # there, before any work
     specs = input_specs(graph)
     if data is None:
         terminal.warn(["no --data: the samples are random"])
@@ -630,6 +633,8 @@ def demo(terminal: Terminal, /, output: str | None, **options: Any) -> None:
     from onnxcompress.compress import compress as run
     from onnxcompress.demo import demo_calibration, demo_evaluation, demo_model_path
 
+    if output == "":
+        raise UsageError("no folder was given; name one with -o, or leave -o out")
     calibration, evaluation = demo_calibration(), demo_evaluation()
     with tempfile.TemporaryDirectory(prefix="onnxcompress-demo-") as temporary:
         folder = Path(output if output is not None else temporary)
@@ -731,9 +736,9 @@ def _field_option(name: str, info: FieldInfo) -> click.Option:
     arguments = [a for a in get_args(annotation) if a is not type(None)]
     if type(None) in get_args(annotation) and len(arguments) == 1:
         annotation = arguments[0]
-    told = info.description or ""
+    told = f"{info.description.removesuffix('.')}." if info.description else ""
     if not info.is_required() and info.default not in (None, (), [], {}):
-        told += f" Default: {getattr(info.default, 'value', info.default)}."
+        told = f"{told} Default: {getattr(info.default, 'value', info.default)}.".strip()
     if annotation is bool:
         return click.Option([f"{flag}/--no-{name.replace('_', '-')}", name], default=None, help=told)
     origin = get_origin(annotation)

@@ -28,7 +28,7 @@ from onnxcompress.evaluate import Evaluator, LabelRanks, checked_metric, label_r
 from onnxcompress.graph import Graph, input_specs, model_info
 from onnxcompress.inspect_model import PlannedNode, plan, total_macs
 from onnxcompress.io import SavedModel, load, model_bytes, save
-from onnxcompress.recipe import Recipe, load_recipe, with_decisions, with_exclusions
+from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_decisions, with_exclusions
 from onnxcompress.session import Session, import_onnxruntime
 from onnxcompress.shapes import graph_stats
 from onnxcompress.targets import get_target
@@ -58,8 +58,8 @@ LEAST_SQNR = 10.0
 GOOD_AGREEMENT = 0.995
 #: share of ``data`` held out for verification where there is no ``eval_data``
 HELD_OUT = 0.1
-#: threads that a session may have: more than any machine has cores, and few enough to be created at once
-MOST_THREADS = 1024
+#: threads that a session may have; many more than there are cores wait for each other for minutes
+MOST_THREADS = max(64, os.cpu_count() or 1)
 #: samples of synthetic data, where that is all there is
 SYNTHETIC_SAMPLES = 16
 
@@ -364,7 +364,8 @@ class _Job:
                 data, specs, batch=batch, preprocess=preprocess, work_dir=self.work_dir, limit=samples
             )
         elif random_data:
-            self.warn("calibrated on random data: the accuracy of the result on real data is unknown")
+            if self.recipe.needs_data:
+                self.warn("calibrated on random data: the accuracy of the result on real data is unknown")
             count = samples if samples is not None else SYNTHETIC_SAMPLES
             self.data = synthetic_data(specs, graph=graph, samples=count, batch=batch or 1, seed=self.seed)
         if eval_data is not None:
@@ -434,6 +435,8 @@ class _Job:
         )
         with self.timed("passes"):
             done = self.recipe.pipeline()(graph, context)
+        for message in unmatched_exclusions(self.recipe, (graph, done.graph)):
+            self.warn(message)
         recipe = with_decisions(self.recipe, done.report)
         provenance = {"recipe": recipe.to_yaml()}
         if done.kept:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ def checked_destination(path: str | os.PathLike[str], others: Mapping[str, Any])
         raise UsageError("no output file was given; name one with -o")
     target = Path(path)
     try:
+        os.fspath(target).encode()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            target.lstat()
         there = target.exists()
         if target.is_dir():
             raise UsageError(f"{target}: is a folder; give the name of the file to write")
@@ -34,8 +38,10 @@ def checked_destination(path: str | os.PathLike[str], others: Mapping[str, Any])
             raise UsageError(f"{target}: is no regular file and cannot be replaced; name another one")
         if not target.parent.is_dir():
             raise UsageError(f"{target}: its folder does not exist; create {target.parent} first")
-    except (OSError, ValueError) as error:  # too long, or a null byte
+    except (OSError, ValueError) as error:  # too long, a null byte, or bytes that are no UTF-8
         reason = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, UnicodeError):
+            reason = "its name is no UTF-8"
         raise UsageError(f"{str(target)[:100]!r} cannot be a file: {reason}; name another one") from error
     if not os.access(target.parent, os.W_OK):
         raise UsageError(f"{target}: its folder cannot be written to; choose another one")
@@ -55,6 +61,6 @@ def _same(target: Path, there: bool, other: str | bytes) -> bool:
             path = Path(name)
             if (there and path.is_file() and target.samefile(path)) or target.resolve() == path.resolve():
                 return True
-        except (OSError, ValueError):  # no path at all, which whoever reads it tells better
+        except (OSError, ValueError, RuntimeError):  # no path, or a loop, which whoever reads it tells better
             continue
     return False

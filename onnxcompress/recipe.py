@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import os
 
     from onnxcompress.base import Pass, PassReport
+    from onnxcompress.graph import Graph
     from onnxcompress.pipeline import Pipeline
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "option_error",
     "parse_recipe",
     "parse_yaml",
+    "unmatched_exclusions",
     "with_decisions",
     "with_exclusions",
 ]
@@ -211,6 +214,8 @@ def with_exclusions(recipe: Recipe, exclude: Sequence[str]) -> Recipe:
     """
     if not exclude:
         return recipe
+    if not all(exclude):
+        raise UsageError("--exclude is empty; give an operator type, a node name or a pattern")
     from onnx import defs
 
     options = (
@@ -230,6 +235,26 @@ def with_exclusions(recipe: Recipe, exclude: Sequence[str]) -> Recipe:
     if passes == list(recipe.passes) and not any("exclude_nodes" in type(p).model_fields for p in passes):
         raise UsageError(f"recipe {recipe.source!r} has no pass that can exclude operators; drop --exclude")
     return replace(recipe, passes=tuple(passes))
+
+
+def unmatched_exclusions(recipe: Recipe, graphs: Sequence[Graph]) -> list[str]:
+    """A line for each exclusion of ``recipe`` that matches no node of ``graphs``: most often a typing mistake."""
+    nodes = [node for graph in graphs for node in (*graph.nodes, *(n for g in graph.subgraphs(True) for n in g.nodes))]
+    names, operators = {node.name for node in nodes}, {node.op for node in nodes}
+    messages = []
+    for step in recipe.passes:
+        options = step.model_dump()
+        for pattern in options.get("exclude_nodes", ()):
+            if pattern not in names and not any(fnmatchcase(name, pattern) for name in names):
+                close = get_close_matches(pattern, [*names, *operators], n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else "; inspect lists the nodes"
+                messages.append(f"{pattern!r} excludes nothing: no node and no operator is called so{hint}")
+        messages += [
+            f"{operator!r} excludes nothing: the model has no such operator"
+            for operator in options.get("exclude_operators", ())
+            if operator not in operators
+        ]
+    return messages
 
 
 def option_error(error: ValidationError, cls: type[Pass]) -> tuple[_Path, str]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from onnxcompress.base import Progress, SilentProgress
 from onnxcompress.data import Batch, Dataset
-from onnxcompress.errors import DataError, ModelError, OnnxCompressError
+from onnxcompress.errors import DataError, ModelError, OnnxCompressError, UsageError
 from onnxcompress.graph import Graph
 from onnxcompress.session import Optimization, Session
 
@@ -86,6 +86,7 @@ def compare(
     """
     run_reference = _runner(reference, optimization[0], threads)
     run_candidate = _runner(candidate, optimization[1], threads)
+    _check_inputs(run_reference, run_candidate)
     progress = progress if progress is not None else SilentProgress()
     accumulators: dict[str, _Accumulator] | None = None
     pairs: dict[str, str] = {}
@@ -141,9 +142,21 @@ def _error(result: OutputComparison) -> float:
     return math.inf if math.isnan(result.relative_l2) else result.relative_l2
 
 
+def _check_inputs(reference: Run, candidate: Run) -> None:
+    """Two sessions must be able to run on the same data; a candidate may have lost inputs that nothing reads."""
+    if not (isinstance(reference, Session) and isinstance(candidate, Session)):
+        return
+    missing = [n for n in candidate.input_names if n not in (*reference.input_names, *reference.optional_names)]
+    if missing:
+        raise UsageError(
+            f"the models have different inputs: the second takes {', '.join(map(repr, missing))}, the first "
+            f"{', '.join(map(repr, reference.input_names))}; give two models that take the same data"
+        )
+
+
 def _runner(model: Model, optimization: Optimization, threads: int) -> Run:
     if isinstance(model, Graph | str | os.PathLike):
-        return Session(model, optimization=optimization, threads=threads).run
+        return Session(model, optimization=optimization, threads=threads)
     if callable(model):
         return model
     raise ModelError(f"{type(model).__name__} cannot be run; expected a graph, a file or a callable")

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.compose
 import pytest
 from click.testing import CliRunner, Result
 from small_cnn import logits, write_data, write_model
@@ -32,6 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, calibration data, and evaluation data that is labelled by the model itself."""
     path = tmp_path_factory.mktemp("small")
     model = write_model(path / "model.onnx")
+    (path / "loop.npz").symlink_to(path / "loop.npz")
+    onnx.save(onnx.compose.add_prefix(onnx.load(model), "other_"), path / "other.onnx")
     write_data(path / "data.npz")
     plain = write_data(path / "plain.npz", 200, seed=2)
     write_data(path / "eval.npz", 200, seed=2, labels=logits(model, plain).argmax(1))
@@ -42,10 +46,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
     """Run a command line in an empty folder; MODEL, DATA and EVAL stand for the files."""
     monkeypatch.chdir(tmp_path)
-    names = {"MODEL": folder / "model.onnx", "DATA": folder / "data.npz", "EVAL": folder / "eval.npz"}
+    files = {"MODEL": "model.onnx", "OTHER": "other.onnx", "DATA": "data.npz", "EVAL": "eval.npz", "LOOP": "loop.npz"}
+    names = {word: folder / name for word, name in files.items()}
 
-    def run(line: str) -> Result:
-        return CliRunner().invoke(cli, [str(names.get(word, word)) for word in line.split()])
+    def run(line: str | list[str]) -> Result:
+        words = line.split() if isinstance(line, str) else line
+        return CliRunner().invoke(cli, [str(names.get(word, word)) for word in words])
 
     return run
 
@@ -229,10 +235,17 @@ FAILURES = {
         2,
         "error: missing option '-o' / '--output'; see ",
     ),
+    "empty data": (["compress", "MODEL", "--data", "", "-o", "out.onnx"], 2, "no data was given"),
+    "a loop": ("compress MODEL --data LOOP -o out.onnx", 2, "loop.npz"),
+    "empty exclusion": ([*COMPRESS.split(), "--exclude", ""], 2, "--exclude is empty"),
+    "empty folder": (["demo", "-o", ""], 2, "no folder was given"),
+    "a name that is no text": (COMPRESS.replace("out.onnx", "\udcff.onnx"), 2, "no UTF-8"),
+    "models with different inputs": ("compare MODEL OTHER", 2, "the models have different inputs"),
+    "no second model": ("compare MODEL nowhere.onnx", 2, "nowhere.onnx does not exist"),
     "no number": ("compress MODEL --data DATA -o out.onnx --samples x", 2, "'x' is not an integer; see"),
     "not a number": ("compress MODEL --data DATA -o out.onnx --max-drop nan", 2, "nan is not a finite number"),
     "endless": ("compress MODEL --data DATA -o out.onnx --benchmark-seconds inf", 2, "inf is not a finite number"),
-    "a million threads": ("compress MODEL --data DATA -o out.onnx --threads 1000000", 2, "0<=x<=1024"),
+    "a million threads": ("compress MODEL --data DATA -o out.onnx --threads 1000000", 2, "is not in the range 0<=x<="),
     "report into nowhere": (COMPRESS + " --report nowhere/r.json", 2, "create nowhere first"),
     "recipe into nowhere": (COMPRESS + " --save-recipe nowhere/r.yaml", 2, "create nowhere first"),
     "report over the model": (COMPRESS + " --report MODEL", 2, "is the model itself"),
@@ -265,7 +278,7 @@ FAILURES = {
 
 @pytest.mark.parametrize(("line", "code", "message"), FAILURES.values(), ids=FAILURES.keys())
 def test_failures_have_a_code_and_one_line(
-    call: Callable[..., Result], folder: Path, tmp_path: Path, line: str, code: int, message: str
+    call: Callable[..., Result], folder: Path, tmp_path: Path, line: str | list[str], code: int, message: str
 ) -> None:
     np.save(tmp_path / "expected.npy", logits(folder / "model.onnx", folder / "plain.npz"))
     (tmp_path / "score.py").write_text(
@@ -274,7 +287,7 @@ def test_failures_have_a_code_and_one_line(
         f"Y = np.load({str(tmp_path / 'expected.npy')!r})\n"
         "def exact(run): return (run({'x': X})['y'] == Y).all(axis=1).mean()\n"
     )
-    before = {path: path.read_bytes() for path in (*folder.iterdir(), tmp_path / "score.py")}
+    before = {path: path.read_bytes() for path in (*folder.glob("[!l]*"), tmp_path / "score.py")}
     result = call(line)
     assert result.exit_code == code, result.output
     assert {path: path.read_bytes() for path in before} == before

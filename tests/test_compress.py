@@ -157,6 +157,19 @@ def test_exclusions_stay_float(run: Callable[..., CompressResult]) -> None:
     assert result.recipe.to_dict()["passes"][-1] == {"insert_qdq": {"exclude_operators": ["Conv"]}}
 
 
+def test_an_exclusion_that_matches_nothing_is_told(run: Callable[..., CompressResult]) -> None:
+    result = run(exclude=["con", "hea*", "Relu", "Celu"])
+    assert [warning for warning in result.warnings if "excludes nothing" in warning] == [
+        "'con' excludes nothing: no node and no operator is called so; did you mean 'conv'?",
+        "'Celu' excludes nothing: the model has no such operator",
+    ]
+
+
+def test_lossless_passes_calibrate_nothing(run: Callable[..., CompressResult]) -> None:
+    result = run(recipe="lossless", data=None, eval_data=None, random_data=True)
+    assert not any("calibrated" in warning for warning in result.warnings)
+
+
 def test_a_missed_budget_writes_nothing(run: Callable[..., CompressResult], folder: Path, tmp_path: Path) -> None:
     score = exact_answers(folder / "model.onnx", folder / "plain.npz", tmp_path / "score.py")
     output = tmp_path / "out.onnx"
@@ -358,6 +371,10 @@ UNUSABLE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ratio": ({"benchmark": True, "fail_if_slower_than": 0.0}, UsageError, "ratio of 0.0"),
     "limit without benchmark": ({"fail_if_slower_than": 1.0}, UsageError, "needs the benchmark"),
     "samples": ({"samples": 0}, UsageError, "samples is 0"),
+    "threads": ({"threads": 1_000_000}, UsageError, "threads is 1000000"),
+    "seconds": ({"benchmark_seconds": float("inf")}, UsageError, "benchmark of inf seconds"),
+    "seed": ({"seed": -1}, UsageError, "seed is -1"),
+    "a null byte": ({"output": "a\0b"}, UsageError, "null byte"),
     "target": ({"target": "tpu"}, UsageError, "unknown target 'tpu'"),
     "recipe": ({"recipe": "int9"}, RecipeError, "no recipe named 'int9'"),
     "no output": ({"output": ""}, UsageError, "no output file"),

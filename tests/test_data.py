@@ -855,7 +855,7 @@ def test_one_batch_is_split_by_sample() -> None:
 
 
 def test_one_sample_cannot_be_split() -> None:
-    with pytest.raises(DataError, match="1 samples cannot be split into two parts, at least 2 are needed"):
+    with pytest.raises(DataError, match="1 sample cannot be split into two parts, at least 2 are needed"):
         open_data(numbered(1, 2), ROW).split(0.1)
 
 

@@ -222,7 +222,8 @@ class Dataset:
         if not held.any() or held.all():
             needed = 2 * (self.fixed_batch or 1)
             raise DataError(
-                f"{self.samples} samples cannot be split into two parts, at least {needed} are needed; "
+                f"{self.samples} {'sample' if self.samples == 1 else 'samples'} cannot be split into two parts, at "
+                f"least {needed} are needed; "
                 "give more samples or separate evaluation data"
             )
         return self._view(rows[~held], batch), self._view(rows[held], batch)

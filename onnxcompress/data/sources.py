@@ -87,6 +87,8 @@ def _open(
         text = os.fspath(source)
         if not isinstance(text, str):
             raise DataError(f"{text!r} is no text; expected a path")
+        if not text:
+            raise DataError(f"no data was given; expected {_KINDS}")
         if is_function_reference(text):
             _no_preprocess(preprocess, text)
             function = load_function(text)
