@@ -47,6 +47,11 @@ PASSES: Mapping[str, PassEntry] = MappingProxyType(
             "FoldBatchNorm",
             "Fold BatchNormalization and constant scales into Conv, Gemm and MatMul.",
         ),
+        "equalize_layers": PassEntry(
+            "onnxcompress.passes.equalize_layers",
+            "EqualizeLayers",
+            "Scale channels between layers so that they quantise better; the network stays the same.",
+        ),
         "insert_qdq": PassEntry(
             "onnxcompress.passes.insert_qdq",
             "InsertQdq",
