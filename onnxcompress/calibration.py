@@ -1,14 +1,15 @@
 """Calibration: run the float model over samples and watch the values of chosen tensors.
 
 Everything streams: an observer keeps a few numbers per tensor, whatever the number of samples, the batch size or the
-shapes, which may differ from batch to batch.
+shapes, which may differ from batch to batch. Whole tensors leave the runtime only for observers that need them, and
+then never more at a time than a fixed amount: larger batches are split, and where one sample alone is too large the
+tensors are watched in groups, one group after another.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -16,53 +17,18 @@ from numpy.typing import NDArray
 
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, Names, copy_graph
-from onnxcompress.quantization import Range
+from onnxcompress.observers import DEFAULT_PERCENTILE, UINT8, Observer, make_observer
+from onnxcompress.quantization import QuantScheme, Range
 from onnxcompress.session import Session
 
 if TYPE_CHECKING:
     from onnxcompress.base import Progress
     from onnxcompress.data import Dataset
 
-__all__ = ["OBSERVERS", "MinMaxObserver", "Observer", "calibrate"]
+__all__ = ["IN_FLIGHT_BYTES", "calibrate", "observe", "range_of"]
 
-
-class Observer(ABC):
-    """Watches one tensor over all batches and answers with its range."""
-
-    #: Operators without attributes that the runtime applies to the tensor before it hands over the values. Empty: the
-    #: observer gets the whole tensor. Reducing inside the runtime saves copying every activation out of it.
-    reductions: ClassVar[tuple[str, ...]] = ()
-
-    @abstractmethod
-    def update(self, *values: NDArray[Any]) -> None:
-        """Take in one batch: the tensor, or one scalar per entry of ``reductions``."""
-
-    @abstractmethod
-    def range(self) -> Range:
-        """The range after all batches."""
-
-
-class MinMaxObserver(Observer):
-    """The smallest and the largest value seen."""
-
-    reductions = ("ReduceMin", "ReduceMax")
-
-    def __init__(self) -> None:
-        self._low = np.inf
-        self._high = -np.inf
-
-    def update(self, *values: NDArray[Any]) -> None:
-        """Take in the minimum and the maximum of one batch."""
-        low, high = values
-        self._low = min(self._low, float(low))
-        self._high = max(self._high, float(high))
-
-    def range(self) -> Range:
-        """[minimum, maximum]."""
-        return Range(self._low, self._high)
-
-
-OBSERVERS: dict[str, Callable[[], Observer]] = {"min_max": MinMaxObserver}
+#: whole tensors that leave the runtime at a time hold about this many bytes at most
+IN_FLIGHT_BYTES = 1 << 27
 
 
 def calibrate(
@@ -71,6 +37,9 @@ def calibrate(
     data: Dataset,
     observer: str = "min_max",
     *,
+    shared: Iterable[Sequence[str]] = (),
+    scheme: QuantScheme = UINT8,
+    percentile: float = DEFAULT_PERCENTILE,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Range]:
@@ -80,45 +49,121 @@ def calibrate(
         graph: the float model.
         tensors: names of float tensors of the outermost graph; graph inputs are allowed.
         data: calibration samples.
-        observer: a key of :data:`OBSERVERS`.
+        observer: a key of :data:`~onnxcompress.observers.OBSERVERS`.
+        shared: groups of tensors that will share their parameters; the values of each group are seen as one.
+        scheme: what the values become.
+        percentile: for the observer ``percentile``.
         threads: intra-op threads of the runtime; 0: its choice.
         progress: shows how far the work is.
 
     Raises:
         UsageError: unknown observer or tensor.
-        DataError: there is no sample, or a tensor takes values that are not finite.
+        DataError: a tensor takes values that are not finite.
     """
-    if observer not in OBSERVERS:
-        raise UsageError(f"unknown observer {observer!r}; expected one of {', '.join(OBSERVERS)}")
+    leader = {name: group[0] for group in shared for name in group}
     wanted = list(dict.fromkeys(tensors))
-    if not wanted:
-        return {}
-    observers = {name: OBSERVERS[observer]() for name in wanted}
-    instrumented, outputs = _with_outputs(graph, wanted, type(next(iter(observers.values()))).reductions)
-    session = Session(instrumented, threads=threads)
-    # The runtime's reductions skip NaN, so it is looked for where it ends up.
-    results = [t.name for t in graph.outputs]
-    fetch = list(dict.fromkeys([*(name for names in outputs.values() for name in names), *results]))
-    batches: Iterable[Any] = data
-    if progress is not None:
-        batches = progress.track(data, "calibrating", total=_length(data))
-    empty = True
-    for batch in batches:
-        empty = False
-        values = session.run(batch.feeds, fetch)
-        _refuse_nan({name: values[name] for name in results})
-        for name, watching in observers.items():
-            watching.update(*(values[output] for output in outputs[name]))
-    if empty:
-        raise DataError("the calibration data is empty; at least one sample is needed to find the ranges")
-    ranges = {name: watching.range() for name, watching in observers.items()}
-    for name, found in ranges.items():
-        if not (np.isfinite(found.low) and np.isfinite(found.high)):
-            raise DataError(
-                f"tensor {name!r} takes values that are not finite ({found.low} to {found.high}) on the calibration "
-                "data; check the data's preprocessing, or exclude the nodes around it"
-            )
-    return ranges
+    make_observer(observer, scheme, percentile=percentile)  # a wrong name is an error even where nothing is watched
+    made: dict[str, Observer] = {}
+    for name in wanted:
+        first = leader.get(name, name)
+        if first not in made:
+            made[first] = make_observer(observer, scheme, percentile=percentile)
+    watchers = {name: made[leader.get(name, name)] for name in wanted}
+    observe(graph, watchers, data, threads=threads, progress=progress)
+    found = {first: watching.range() for first, watching in made.items()}
+    return {name: range_of(name, found[leader.get(name, name)]) for name in wanted}
+
+
+def range_of(name: str, found: Range) -> Range:
+    """``found``, which was observed for tensor ``name``.
+
+    Raises:
+        DataError: it is not finite.
+    """
+    if not (np.isfinite(found.low) and np.isfinite(found.high)):
+        raise DataError(
+            f"tensor {name!r} takes values that are not finite ({found.low} to {found.high}) on the calibration "
+            "data; check the data's preprocessing, or exclude the nodes around it"
+        )
+    return found
+
+
+def observe(
+    graph: Graph,
+    watchers: Mapping[str, Observer],
+    data: Dataset,
+    *,
+    in_flight: int = IN_FLIGHT_BYTES,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Show the values that tensors of ``graph`` take over ``data`` to their observers.
+
+    Args:
+        graph: the float model.
+        watchers: observers of one kind, by the names of float tensors of the outermost graph; tensors that share
+            their parameters may have one observer in common.
+        data: calibration samples. Batches are split where they hold too much.
+        in_flight: bytes of activations, about, that may leave the runtime at a time.
+        threads: intra-op threads of the runtime; 0: its choice.
+        progress: shows how far the work is.
+
+    Raises:
+        UsageError: unknown tensor.
+        DataError: an output of the model is NaN.
+    """
+    if not watchers:
+        return
+    known = graph.tensors()
+    for name in watchers:
+        if name not in known:
+            raise UsageError(f"tensor {name!r} is not in the graph; expected the name of a float tensor")
+    reductions = type(next(iter(watchers.values()))).reductions
+    groups = [list(watchers)]
+    if not reductions:
+        data, groups = _fitting(graph, list(watchers), data, in_flight, threads)
+    for number, group in enumerate(groups):
+        instrumented, outputs = _with_outputs(graph, group, reductions)
+        session = Session(instrumented, threads=threads)
+        # The runtime's reductions skip NaN, so it is looked for where it ends up.
+        results = [t.name for t in graph.outputs] if number == 0 else []
+        fetch = list(dict.fromkeys([*(name for names in outputs.values() for name in names), *results]))
+        batches: Iterable[Any] = data
+        if progress is not None:
+            batches = progress.track(data, "calibrating", total=len(data))
+        for batch in batches:
+            values = session.run(batch.feeds, fetch)
+            _refuse_nan({name: values[name] for name in results})
+            for name, fetched in outputs.items():
+                watchers[name].update(*(values[output] for output in fetched))
+
+
+def _fitting(
+    graph: Graph, tensors: list[str], data: Dataset, limit: int, threads: int
+) -> tuple[Dataset, list[list[str]]]:
+    """``data`` in batches, and ``tensors`` in groups, that hold no more than ``limit`` bytes at a time.
+
+    Sizes are those of the first sample. Batches are preferred: every group costs another pass over the data.
+    """
+    sized, outputs = _with_outputs(graph, tensors, ("Size",))
+    first = data.rebatch(1).first()
+    elements = Session(sized, threads=threads).run(first.feeds, [o for names in outputs.values() for o in names])
+    sizes = {name: 4 * int(elements[names[0]]) for name, names in outputs.items()}
+    fitting = limit * first.samples // max(1, sum(sizes.values()))
+    largest = max(batch for batch in (data.batch or 0, data.first().samples))
+    if fitting < largest and fitting >= first.samples:
+        return data.rebatch(fitting), [tensors]
+    if fitting >= largest:
+        return data, [tensors]
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name in tensors:
+        if groups[-1] and held + sizes[name] > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += sizes[name]
+    return data.rebatch(1), groups
 
 
 def _refuse_nan(outputs: dict[str, NDArray[Any]]) -> None:
@@ -130,37 +175,28 @@ def _refuse_nan(outputs: dict[str, NDArray[Any]]) -> None:
             )
 
 
-def _length(data: Dataset) -> int | None:
-    try:
-        return len(data)
-    except TypeError:
-        return None
-
-
-def _with_outputs(
-    graph: Graph, tensors: Sequence[str], reductions: Sequence[str]
-) -> tuple[Graph, dict[str, list[str]]]:
-    """A copy of ``graph`` with outputs added: per tensor its reductions or, without any, the tensor itself."""
+def _with_outputs(graph: Graph, tensors: Sequence[str], operators: Sequence[str]) -> tuple[Graph, dict[str, list[str]]]:
+    """A copy of ``graph`` with outputs added: per tensor what ``operators`` make of it or, without any, itself."""
     twin = copy_graph(graph)
     known = twin.tensors()
     names = Names(twin)
     outputs: list[gs.Tensor] = []
     fetched: dict[str, list[str]] = {}
     for name in tensors:
-        if name not in known:
-            raise UsageError(f"tensor {name!r} is not in the graph; expected the name of a float tensor")
         source = known[name]
-        if not reductions:
+        if not operators and source.inputs:
             if source.dtype is None:
                 source.dtype = np.dtype(np.float32)
-            if not any(source is output for output in twin.outputs):
+            if not any(source is output for output in (*twin.outputs, *outputs)):
                 outputs.append(source)
             fetched[name] = [name]
             continue
         fetched[name] = []
-        for op in reductions:
-            result = gs.Variable(names.free(f"{name}_{op}"), np.dtype(np.float32), [])
-            twin.nodes.append(gs.Node(op, result.name, {"keepdims": 0}, [source], [result]))
+        for op in operators or ("Identity",):  # a graph input cannot be an output as it is
+            kind = np.dtype(np.int64 if op == "Size" else np.float32)
+            result = gs.Variable(names.free(f"{name}_{op}"), kind, None if op == "Identity" else [])
+            attributes = {"keepdims": 0} if op.startswith("Reduce") else {}
+            twin.nodes.append(gs.Node(op, result.name, attributes, [source], [result]))
             outputs.append(result)
             fetched[name].append(result.name)
     twin.outputs = [*twin.outputs, *outputs]

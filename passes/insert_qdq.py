@@ -122,9 +122,7 @@ class InsertQdq(Pass):
         sources = [s for names in placement.sources.values() for s in names]
         return self._calibrate(graph, placement, sources, context)
 
-    def _calibrate(
-        self, graph: Graph, placement: Placement, tensors: list[str], context: Context
-    ) -> dict[str, Range]:
+    def _calibrate(self, graph: Graph, placement: Placement, tensors: list[str], context: Context) -> dict[str, Range]:
         assert context.data is not None
         return calibrate(
             graph,
