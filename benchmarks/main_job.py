@@ -18,6 +18,7 @@ import argparse
 import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -355,6 +356,16 @@ def timing(result: oc.BenchmarkResult) -> dict[str, Any]:
     return {name: getattr(result, name) for name in names}
 
 
+def revision() -> str | None:
+    """The commit that is measured, with ``-dirty`` where the tree has changes; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
 def rounded(seconds: Sequence[float]) -> list[float]:
     """Seconds to the millisecond."""
     return [round(value, 3) for value in seconds]
@@ -377,8 +388,9 @@ def markdown(facts: Mapping[str, Any]) -> str:
     rows = [Row(**row) for row in facts["rows"]]
     machine = f"{environment['usable_cores']} cores of {environment['cpu']}"
     flags = ", ".join(environment["instruction_sets"])
+    commit = f" at {facts['revision']}" if facts["revision"] else ""
     head = (
-        f"Measured {environment['date'][:10]} by `python benchmarks/main_job.py` on {machine} ({flags}), "
+        f"Measured {environment['date'][:10]}{commit} by `python benchmarks/main_job.py` on {machine} ({flags}), "
         f"Python {environment['python']}, {versions}. Times are ratios within one run."
     )
     parts = [head]
@@ -460,6 +472,7 @@ def main() -> int:
         bench.run(arguments.only)
     facts: dict[str, Any] = {
         "environment": environment,
+        "revision": revision(),
         "quick": arguments.quick,
         "skipped": bench.skipped,
         "load_1min": bench.load,
