@@ -23,7 +23,7 @@ from onnxcompress.base import Context, Guarantee, PassReport, Progress, SilentPr
 from onnxcompress.benchmark import BenchmarkResult, benchmark
 from onnxcompress.data import Dataset, open_data, synthetic_data
 from onnxcompress.destination import checked_destination
-from onnxcompress.errors import AccuracyError, OnnxCompressError, SlowerError, UsageError
+from onnxcompress.errors import AccuracyError, DataError, ModelError, OnnxCompressError, SlowerError, UsageError
 from onnxcompress.evaluate import Evaluator, LabelRanks, checked_metric, label_ranks, load_evaluator
 from onnxcompress.graph import Graph, input_specs, model_info
 from onnxcompress.inspect_model import PlannedNode, plan, total_macs
@@ -538,7 +538,10 @@ class _Job:
         for path in (self.model, staged.path):
             session = Session(path, optimization="all", threads=self.threads)
             if self.evaluate is not None:
-                scores.append({"metric": checked_metric(self.evaluate(session.run), "evaluate")})
+                try:
+                    scores.append({"metric": checked_metric(self.evaluate(session.run), "evaluate")})
+                except ModelError as error:  # both models ran on the evaluation data before
+                    raise DataError(f"evaluate: {error}; check what it feeds to the model") from error
             elif labelled is not None:
                 ranks.append(label_ranks(session.run, labelled, progress=self.progress))
                 scores.append(ranks[-1].metrics())

@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from typing import Any
 from onnxcompress.errors import DataError, OnnxCompressError, ResourceError, UsageError
 
 __all__ = ["UserFunction", "is_function_reference", "load_function", "user_errors"]
+
+#: functions that a message lists
+_NAMES = 10
 
 _REFERENCE = re.compile(r"(?P<file>.+\.py):(?P<name>[^\W\d]\w*)")
 
@@ -46,7 +49,7 @@ def load_function(reference: str) -> UserFunction:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses and pickle look modules up by name
     try:
-        with user_errors(path), _importable(path.parent):
+        with user_errors(path), _importable(path.parent), redirect_stdout(sys.stderr):
             module_spec.loader.exec_module(module)
     except BaseException:
         sys.modules.pop(module_name, None)
@@ -54,7 +57,8 @@ def load_function(reference: str) -> UserFunction:
     function = getattr(module, name, None)
     if not callable(function):
         found = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module_name]
-        raise UsageError(f"{match['file']}: has no function {name!r}; found {', '.join(found) or 'no functions'}")
+        told = ", ".join(found[:_NAMES]) + (f" and {len(found) - _NAMES} more" if len(found) > _NAMES else "")
+        raise UsageError(f"{match['file']}: has no function {name!r}; found {told or 'no functions'}")
 
     return UserFunction(path, function)
 
@@ -77,8 +81,11 @@ class UserFunction:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A context for running the user's code: its errors become one line and its neighbours can be imported."""
-        with user_errors(self.path), _importable(self.path.parent):
+        """A context for running the user's code: its errors become one line and its neighbours can be imported.
+
+        What it prints goes to stderr: stdout may belong to JSON.
+        """
+        with user_errors(self.path), _importable(self.path.parent), redirect_stdout(sys.stderr):
             yield
 
 
@@ -108,6 +115,8 @@ def _place(error: BaseException, path: Path | None) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if path is not None and Path(f.filename) == path]
     frame = (own or frames)[-1]
+    if path is not None and Path(frame.filename) == Path(__file__):  # never entered: called with wrong arguments
+        return str(path)
     return f"{frame.filename}, line {frame.lineno}"
 
 

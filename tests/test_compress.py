@@ -423,6 +423,11 @@ def test_an_evaluator_may_be_a_function(run: Callable[..., CompressResult], fold
     assert result.metrics == (Metric("metric", 0.5, 0.5),)
 
 
+def test_an_evaluator_that_feeds_the_model_wrongly_is_bad_data(run: Callable[..., CompressResult]) -> None:
+    with pytest.raises(DataError, match=r"evaluate: onnxruntime cannot run the model: .*; check what it feeds"):
+        run(evaluate=lambda answer: answer({"nonsense": np.zeros(1, np.float32)})["y"].sum())
+
+
 def test_a_recipe_object_is_taken_as_it_is(run: Callable[..., CompressResult]) -> None:
     recipe = load_recipe("lossless")
     assert run(recipe=recipe).recipe == recipe

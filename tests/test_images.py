@@ -311,6 +311,8 @@ def test_parse_files(tmp_path: Path, name: str, text: str) -> None:
         ("size=big", r"size='big' cannot be used: expected a number of pixels or HEIGHTxWIDTH"),
         ("size=1x2x3", r"size='1x2x3' cannot be used"),
         ("size=0", r"size='0' cannot be used: expected 1 pixel or more"),
+        ("scale=nan", r"scale='nan' cannot be used: expected a finite number"),
+        ("scale=1e40", r"scale='1e40' cannot be used: expected a finite number"),
         ("std=0", r"std='0' cannot be used: expected finite numbers, and no zero in std"),
         ("mean=nan", r"mean='nan' cannot be used"),
         ("mean=a:b", r"mean='a:b' cannot be used"),

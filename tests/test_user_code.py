@@ -74,3 +74,21 @@ def test_the_users_line_is_named_not_the_librarys(tmp_path: Path) -> None:
     (tmp_path / "u.py").write_text("import json\ndef f():\n    x = 1\n    return json.loads('{')\n")
     with pytest.raises(DataError, match=r"u\.py, line 4: JSONDecodeError"):
         load_function(f"{tmp_path}/u.py:f")()
+
+
+def test_prints_of_the_users_code_leave_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loud.py").write_text("print('import')\ndef f():\n    print('call')\n    return 1\n")
+    assert load_function(f"{tmp_path}/loud.py:f")() == 1
+    assert capsys.readouterr() == ("", "import\ncall\n")
+
+
+def test_wrong_arguments_name_the_users_file(tmp_path: Path) -> None:
+    (tmp_path / "u.py").write_text("def f(a, b):\n    return 1\n")
+    with pytest.raises(DataError, match=r"^\S*u\.py: TypeError: f\(\) missing 2 required"):
+        load_function(f"{tmp_path}/u.py:f")()
+
+
+def test_a_long_list_of_functions_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "many.py").write_text("".join(f"def f{i}(): pass\n" for i in range(40)))
+    with pytest.raises(UsageError, match=r"found f0, .*, f9 and 30 more$"):
+        load_function(f"{tmp_path}/many.py:g")

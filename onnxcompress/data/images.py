@@ -81,6 +81,13 @@ class Preprocess(BaseModel):
             raise ValueError("expected 1 pixel or more")
         return value
 
+    @field_validator("scale")
+    @classmethod
+    def _usable(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < abs(value) < float(np.finfo(np.float32).max):
+            raise ValueError("expected a finite number other than 0")
+        return value
+
     @field_validator("mean", "std")
     @classmethod
     def _finite(cls, value: tuple[float, ...], info: Any) -> tuple[float, ...]:
