@@ -57,6 +57,11 @@ PASSES: Mapping[str, PassEntry] = MappingProxyType(
             "InsertQdq",
             "Static INT8 quantisation by QuantizeLinear/DequantizeLinear pairs.",
         ),
+        "convert_float16": PassEntry(
+            "onnxcompress.passes.convert_float16",
+            "ConvertFloat16",
+            "Convert to float16, except where that would be wrong.",
+        ),
     }
 )
 
