@@ -405,7 +405,9 @@ def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> N
 @_data_options
 @_judge_options
 @click.option(
-    "--recipe", default="int8", show_default=True, metavar="NAME|FILE", help="int8, lossless, or a YAML file."
+    "--recipe",
+    metavar="NAME|FILE",
+    help="int8, fp16, lossless, or a YAML file; default: the target's, int8 (for cuda: fp16).",
 )
 @click.option("--evaluate", metavar="FILE.py:FUNCTION", help="Task metric: gets a function that runs the model.")
 @click.option(

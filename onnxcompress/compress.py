@@ -166,7 +166,7 @@ def compress(
     data: Any = None,
     output: str | os.PathLike[str] = "",
     *,
-    recipe: str | os.PathLike[str] | Recipe = "int8",
+    recipe: str | os.PathLike[str] | Recipe | None = None,
     target: str | None = None,
     evaluate: str | Evaluator | None = None,
     eval_data: Any = None,
@@ -194,7 +194,8 @@ def compress(
         model: an ONNX file; it is never written to.
         data: calibration samples, anything that :func:`~onnxcompress.data.open_data` opens.
         output: the file to write; its folder must exist.
-        recipe: a named recipe, a recipe file, or a :class:`~onnxcompress.recipe.Recipe`.
+        recipe: a named recipe, a recipe file, or a :class:`~onnxcompress.recipe.Recipe`; None: the target's own, which
+            is ``fp16`` for ``cuda`` and ``int8`` for the others.
         target: what to compress for; None: the recipe's target.
         evaluate: ``"file.py:function"`` or a callable: given a callable that runs the model, returns a number, higher
             is better.
@@ -230,6 +231,8 @@ def compress(
     if benchmark is False and fail_if_slower_than is not None:
         raise UsageError("fail_if_slower_than needs the benchmark; drop --no-benchmark or --fail-if-slower-than")
     _check_limits(max_drop, fail_if_slower_than, benchmark_seconds, samples, batch, threads, seed)
+    if recipe is None:
+        recipe = get_target(target if target is not None else "cpu").recipe
     chosen = with_exclusions(load_recipe(recipe), exclude)
     target_name = target if target is not None else chosen.target
     get_target(target_name)
@@ -481,6 +484,8 @@ class _Job:
             if budget is not None and not budget.met:
                 failure = AccuracyError(self.missed(budget, verification))
         if self.benchmark and (failure is None or self.force):
+            if not get_target(self.target).audited:
+                self.warn(f"timed on ONNX Runtime's CPU provider, which says nothing about target {self.target}")
             with self.timed("benchmark"):
                 timing = self.timing(staged)
             result = replace(result, benchmark=timing)
