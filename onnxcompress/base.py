@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from onnxcompress.errors import DataError
 from onnxcompress.graph import Graph, copy_graph, sort_nodes
 from onnxcompress.shapes import GraphStats, graph_stats
 
@@ -186,7 +187,7 @@ class Pass(BaseModel, ABC):
 
     @property
     def needs_data(self) -> bool:
-        """True where the pass reads calibration data."""
+        """True where the pass reads calibration data; it is then not started without any."""
         return False
 
     def requires(self, graph: Graph, context: Context) -> None:
@@ -208,6 +209,8 @@ class Pass(BaseModel, ABC):
         context = context if context is not None else Context()
         start = time.perf_counter()
         warned = len(context.warnings)
+        if self.needs_data and context.data is None:
+            raise DataError(f"{self.name} needs calibration data; give some samples with --data")
         self.requires(graph, context)
         after = copy_graph(graph)
         changes: list[Change] = []
