@@ -10,7 +10,9 @@ import errno
 import json
 import math
 import os
+import re
 import tempfile
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from enum import Enum
@@ -207,7 +209,18 @@ def print_compress(console: Console, result: CompressResult) -> None:
 def print_warnings(console: Console, warnings: Iterable[str]) -> None:
     """One line a warning."""
     for warning in warnings:
-        console.print(f"warning: {printable(warning)}", style="yellow")
+        _print_line(console, f"warning: {printable(warning)}", style="yellow")
+
+
+def _print_line(console: Console, text: str, style: str | None = None) -> None:
+    """One line in a pipe; on a terminal it is broken between words, and what follows is indented."""
+    if console.is_terminal:
+        indent = " " * (len(text) - len(text.lstrip()) + 4)
+        lines = textwrap.wrap(
+            text, console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        text = "\n".join(lines)
+    console.print(text, style=style)
 
 
 def _table(*columns: str) -> Table:
@@ -251,6 +264,8 @@ def _before_after(result: CompressResult, after: Any) -> Table:
     if result.verification is not None:
         samples = result.verification.samples
         table.caption = f"outputs judged on {samples} samples ({result.verification.source})"
+        if timing is not None:
+            table.caption += "; in brackets the 95 % interval"
         table.caption_justify = "left"
     return table
 
@@ -259,11 +274,11 @@ def _conversions(result: CompressResult) -> str:
     """QDQ files have more nodes than the original, which says nothing about the work that is left."""
     operators = result.report.after.operators if result.report is not None else {}
     count = operators.get("QuantizeLinear", 0) + operators.get("DequantizeLinear", 0)
-    return f", {count} of them Q and DQ that fuse in the runtime" if count else ""
+    return f"; {count} are Q or DQ, which fuse" if count else ""
 
 
 def _ratio(timing: BenchmarkResult) -> str:
-    return f"{timing.ratio:.2f}x, 95 % interval {timing.low:.2f} to {timing.high:.2f}: {timing.verdict}"
+    return f"{timing.ratio:.2f}x [{timing.low:.2f}, {timing.high:.2f}] {timing.verdict}"
 
 
 def _print_refusals(console: Console, refusals: Sequence[Refusal]) -> None:
@@ -274,21 +289,30 @@ def _print_refusals(console: Console, refusals: Sequence[Refusal]) -> None:
 
 
 def _print_groups(console: Console, items: Iterable[tuple[str, str]], most: int | None = None) -> None:
-    """Names by reason, the most frequent reason first, at most ``most`` reasons."""
-    groups: dict[str, list[str]] = {}
+    """Names by reason, the most frequent reason first, at most ``most`` reasons.
+
+    Reasons that differ only in the names of tensors and nodes are one.
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
     for reason, name in items:
-        groups.setdefault(reason, []).append(name)
+        groups.setdefault(_NAMED.sub(lambda found: f"{found[1] or ''}...", reason), []).append((reason, name))
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-    for reason, names in ordered[:most]:
+    for general, members in ordered[:most]:
+        names = [name for _, name in members]
+        text = members[0][0] if len({reason for reason, _ in members}) == 1 else general
         more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
-        console.print(f"  {len(names)}x {printable(reason)}: {printable(', '.join(names[:_NAMES]))}{more}")
+        _print_line(console, f"  {len(names)}x {printable(text)} ({printable(', '.join(names[:_NAMES]))}{more})")
     if most is not None and len(ordered) > most:
         console.print(f"  and {len(ordered) - most} more reasons, all of them in the report (--report FILE)")
 
 
+#: a name in a reason: quoted, or after the operator whose name it is
+_NAMED = re.compile(r"'[^']*'|(\b[A-Z]\w* )(?=\S*[_/])[\w/.:-]*\w")
+
+
 def _print_audit(console: Console, audit: Mapping[str, Any]) -> None:
     counts = sorted(audit["integer"].items(), key=lambda item: -item[1])
-    console.print(f"integer in the runtime: {', '.join(f'{count} {op}' for op, count in counts) or 'nothing'}")
+    _print_line(console, f"integer in the runtime: {', '.join(f'{count} {op}' for op, count in counts) or 'nothing'}")
     console.print(f"conversions left in the optimised graph: {audit['quantize']} Q, {audit['dequantize']} DQ")
     if audit["floats"]:
         console.print(f"float in the runtime ({len(audit['floats'])}):")
@@ -322,7 +346,7 @@ def print_plan(console: Console, planned: Sequence[PlannedNode]) -> None:
         if node.integer:
             counts[node.op] = counts.get(node.op, 0) + 1
     integer = ", ".join(f"{count} {printable(op)}" for op, count in sorted(counts.items(), key=lambda item: -item[1]))
-    console.print(f"would become integer, once folded: {integer or 'nothing'}")
+    _print_line(console, f"would become integer, once folded: {integer or 'nothing'}")
     rest = [(f"{node.op}: {node.reason}", node.name) for node in planned if not node.integer]
     if rest:
         console.print(f"would stay float ({len(rest)}):")
@@ -388,7 +412,7 @@ def print_benchmark(console: Console, result: BenchmarkResult) -> None:
     """Both models' times beside each other, and the verdict."""
     a, b = result.reference, result.candidate
     table = _table("", "A", "B", "")
-    table.add_row("median", _seconds(a.median_s), _seconds(b.median_s), f"B is {_ratio(result)}")
+    table.add_row("median", _seconds(a.median_s), _seconds(b.median_s), f"B: {_ratio(result)}")
     for name, x, y in (
         ("p50", a.p50_s, b.p50_s),
         ("p90", a.p90_s, b.p90_s),
@@ -398,7 +422,7 @@ def print_benchmark(console: Console, result: BenchmarkResult) -> None:
         if x is not None and y is not None:
             table.add_row(name, _seconds(x), _seconds(y), "")
     table.add_row("bytes on disk", _bytes(a.bytes_on_disk), _bytes(b.bytes_on_disk), "")
-    table.caption = f"{result.pairs} pairs in {result.sessions} sessions"
+    table.caption = f"{result.pairs} pairs in {result.sessions} sessions; in brackets the 95 % interval of A / B"
     table.caption_justify = "left"
     console.print(table)
 

@@ -156,7 +156,7 @@ def test_a_dry_run_writes_nothing(call: Callable[..., Result], tmp_path: Path) -
 def test_benchmark_is_part_of_the_table(call: Callable[..., Result]) -> None:
     result = call(COMPRESS.replace("--no-benchmark", "--benchmark-seconds 0.2"))
     assert result.exit_code == 0
-    assert "95 % interval" in result.output
+    assert "in brackets the 95 % interval" in result.output
 
 
 # ----------------------------------------------------------------------------------------------------------------------

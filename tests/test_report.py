@@ -107,9 +107,10 @@ def test_a_report_is_complete_and_plain(result: CompressResult) -> None:
 def test_the_table_tells_what_matters(result: CompressResult, console: Console) -> None:
     print_compress(console, result)
     lines = {line.split("  ")[0].strip(): line for line in text(console).splitlines()}
-    assert "95 % interval" in lines["time, one thread"]
+    assert "x [" in lines["time, one thread"]
+    assert "in brackets the 95 % interval" in text(console)
     assert "dB, agreement" in lines["output y"]
-    assert "Q and DQ that fuse in the runtime" in lines["nodes"]
+    assert "are Q or DQ, which fuse" in lines["nodes"]
     assert "held-out" in text(console)
     assert "integer in the runtime" in text(console)
     assert text(console).splitlines()[-1].startswith("written: ")
@@ -139,7 +140,7 @@ def test_names_from_outside_are_printed_as_they_are(console: Console) -> None:
 
 def test_reasons_are_grouped_and_cut(console: Console) -> None:
     print_plan(console, [PlannedNode(f"n{i}", "Tanh", False, "no rule") for i in range(5)])
-    assert "  5x Tanh: no rule: n0, n1, n2 and 2 more\n" in text(console)
+    assert "  5x Tanh: no rule (n0, n1, n2 and 2 more)\n" in text(console)
 
 
 def test_many_reasons_are_cut_after_a_run(result: CompressResult, console: Console) -> None:
@@ -183,3 +184,20 @@ def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         write_text(target, "three")
     assert target.read_text(encoding="utf-8") == "zwölf"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_reasons_that_differ_in_names_are_one(console: Console) -> None:
+    reason = "the weight 't_{0}' of MatMul node_{0} is no constant; {1} of 2 are"
+    items = [PlannedNode(f"n{i}", "Mul", False, reason.format(i, 1)) for i in range(3)]
+    print_plan(console, [*items, PlannedNode("n3", "Mul", False, reason.format(3, 2))])
+    assert "  3x Mul: the weight ... of MatMul ... is no constant; 1 of 2 are (n0, n1, n2)\n" in text(console)
+    assert "  1x Mul: the weight 't_3' of MatMul node_3 is no constant; 2 of 2 are (n3)\n" in text(console)
+
+
+def test_a_terminal_breaks_lines_between_words() -> None:
+    screen = Console(file=io.StringIO(), width=40, force_terminal=True, color_system=None, soft_wrap=True)
+    print_warnings(screen, ["it has many words that do not fit into one line, and " + "x" * 50])
+    lines = text(screen).splitlines()
+    assert lines[0] == "warning: it has many words that do not"
+    assert lines[1] == "    fit into one line, and"
+    assert lines[2] == "    " + "x" * 50
