@@ -1,0 +1,826 @@
+"""Teacher and student side by side: pairs of tensors, layer by layer, with every earlier change in effect.
+
+The student is a graph that :class:`~onnxcompress.passes.insert_qdq.InsertQdq` wrote, the teacher the float graph that it
+was made from. A pass that mends the student one layer after the other needs, for each layer, what the student computes
+*after* all earlier layers were mended. Running the whole network once more for each layer would be quadratic. Here both
+networks advance in lockstep: :class:`Advance` keeps, for each batch, only the tensors that nodes still to come read, and
+runs the piece of the graph up to the next layer. All layers together then cost one run of each network.
+
+What lies between two pieces is held in memory, so the number of samples is bounded (:func:`samples_that_fit`);
+dequantised tensors are held as the integers that they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import log10
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxcompress.base import Change, Detail, Refusal
+from onnxcompress.errors import DataError, ModelError, UsageError
+from onnxcompress.graph import (
+    Graph,
+    ModelInfo,
+    Names,
+    attribute,
+    constant_value,
+    copy_graph,
+    graph_output_ids,
+    model_info,
+    nested_graphs,
+    normal_domain,
+    replace_contents,
+    sort_nodes,
+    walk_graphs,
+    walk_nodes,
+)
+from onnxcompress.quantization import MAX_BIAS
+from onnxcompress.session import Optimization, Session
+from onnxcompress.verify import compare
+
+if TYPE_CHECKING:
+    from onnxcompress.base import Context
+    from onnxcompress.data import Dataset
+
+__all__ = [
+    "Advance",
+    "Judge",
+    "Layer",
+    "Lockstep",
+    "Mended",
+    "Samples",
+    "decibels",
+    "find_layers",
+    "keep_best",
+    "mend",
+    "mismatch",
+    "require_teacher",
+    "samples_that_fit",
+    "settle",
+    "split_samples",
+    "unlike",
+]
+
+Array = NDArray[Any]
+
+#: bytes of activations that both networks together may hold between two pieces
+MEMORY = 512 * 2**20
+#: one of this many samples is held out
+HELD_OUT = 4
+
+_LAYERS = ("Conv", "Gemm", "MatMul")
+#: computed again wherever they are read: cheap, and their input is a quarter of the size
+_AGAIN = ("DequantizeLinear", "Constant")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+@dataclass(eq=False)
+class Layer:
+    """A node with a stored int8 weight, in the student, and the tensor of the teacher that it should reproduce.
+
+    Attributes:
+        graph: the student, to which nodes can be added; they have to be sorted afterwards.
+        node: the Conv, Gemm or MatMul.
+        reader: the DequantizeLinear of its weight.
+        output: the student's tensor behind the bias and before any activation, with channels on ``axis``.
+        target: name of the teacher's tensor of the same meaning.
+        bias_node: the node that adds the bias: ``node`` itself, or the Add behind a MatMul; None where there is none
+            and none can be added.
+        bias_index: the input of ``bias_node`` that is the bias, be it there or not.
+        input_scale: scale of the data input; None where it is not quantised with one scale.
+        shared: True where other nodes read the weight, too.
+        outputs: ``id()`` of every tensor that leaves the graph.
+        shortcut: the student's other operand where ``output`` only goes into an Add. Then ``target`` is the sum, and
+            what the layer should reproduce is the target less the student's shortcut: so it mends what went wrong on
+            the shortcut, too.
+        own_target: name of the teacher's tensor that means the same as ``output``.
+    """
+
+    graph: Graph = field(repr=False)
+    node: gs.Node
+    reader: gs.Node
+    output: gs.Tensor
+    axis: int
+    target: str
+    bias_node: gs.Node | None
+    bias_index: int
+    input_scale: float | None
+    shared: bool
+    outputs: frozenset[int] = field(repr=False, default=frozenset())
+    shortcut: gs.Tensor | None = None
+    own_target: str = ""
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return str(self.node.name)
+
+    @property
+    def integers(self) -> NDArray[np.int8]:
+        """The stored weight, as the file has it."""
+        value = constant_value(self.reader.inputs[0])
+        assert value is not None
+        return value
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the weight that counts output channels."""
+        if self.node.op == "Conv":
+            return 0
+        if self.node.op == "Gemm":
+            return 0 if attribute(self.node, "transB", 0) else 1
+        return 1
+
+    @property
+    def channels(self) -> int:
+        """Number of output channels."""
+        return int(self.integers.shape[self.channel_axis])
+
+    @property
+    def scale(self) -> NDArray[np.float32]:
+        """Scales of the weight, one per output channel."""
+        value = constant_value(self.reader.inputs[1])
+        assert value is not None
+        return np.broadcast_to(value.reshape(-1), (self.channels,))
+
+    def set_integers(self, integers: NDArray[np.int8]) -> None:
+        """Store another weight under the same name; only where it is not shared."""
+        old = self.reader.inputs[0]
+        self.reader.inputs[0] = gs.Constant(old.name, _read_only(integers))
+
+    # -- the bias
+
+    @property
+    def has_bias(self) -> bool:
+        """True where a bias is stored."""
+        node, index = self.bias_node, self.bias_index
+        return node is not None and len(node.inputs) > index and bool(node.inputs[index].name)
+
+    def bias(self) -> NDArray[np.float64]:
+        """The bias as the layer adds it, one value a channel; zeros where there is none."""
+        if not self.has_bias:
+            return np.zeros(self.channels)
+        assert self.bias_node is not None
+        tensor = self.bias_node.inputs[self.bias_index]
+        value = constant_value(tensor)
+        if value is None:
+            reader = tensor.inputs[0]
+            integers, scale = (constant_value(t) for t in reader.inputs[:2])
+            assert integers is not None and scale is not None
+            value = integers.astype(np.float32) * scale
+        return np.broadcast_to(value.reshape(-1).astype(np.float64), (self.channels,))
+
+    def set_bias(self, bias: NDArray[np.float64], names: Names) -> NDArray[np.float64]:
+        """Store ``bias``, where needed as a new constant, and return what the layer adds from now on.
+
+        As integers a bias must stay below ``MAX_BIAS`` units of input scale times weight scale: beyond that it is cut.
+        """
+        assert self.bias_node is not None
+        node, index = self.bias_node, self.bias_index
+        if self.input_scale is not None:
+            bound = MAX_BIAS * (self.input_scale * self.scale.astype(np.float64))
+            bias = np.clip(bias, np.minimum(-bound, self.bias()), np.maximum(bound, self.bias()))
+        stored = node.inputs[index] if self.has_bias else None
+        if stored is not None and constant_value(stored) is None:
+            return self._set_integer_bias(bias, stored, names)
+        value = np.array(bias, np.float32)
+        if stored is None:
+            while len(node.inputs) < index:
+                node.inputs.append(gs.Variable.empty())
+            made = gs.Constant(names.free(f"{self.node.name}_bias"), _read_only(value))
+            if len(node.inputs) > index:
+                node.inputs[index] = made
+            else:
+                node.inputs.append(made)
+            return self.bias()
+        known = constant_value(stored)
+        assert known is not None
+        if known.size == value.size:
+            value = value.reshape(known.shape)
+        node.inputs[index] = gs.Constant(self._name_for(stored, names), _read_only(value))
+        return self.bias()
+
+    def _set_integer_bias(self, bias: NDArray[np.float64], stored: gs.Tensor, names: Names) -> NDArray[np.float64]:
+        assert self.bias_node is not None
+        reader = stored.inputs[0]
+        scale = constant_value(reader.inputs[1])
+        assert scale is not None
+        integers = _read_only(np.rint(bias / scale.astype(np.float64)).astype(np.int32))
+        label = self._name_for(reader.inputs[0], names)
+        if len(stored.outputs) == 1 and id(stored) not in self.outputs:
+            reader.inputs[0] = gs.Constant(label, integers)
+        else:
+            own = gs.Variable(names.free(stored.name), np.dtype(np.float32), list(integers.shape))
+            inputs = [gs.Constant(label, integers), *reader.inputs[1:]]
+            self.graph.nodes.append(gs.Node(reader.op, names.free(reader.name), dict(reader.attrs), inputs, [own]))
+            self.bias_node.inputs[self.bias_index] = own
+        return self.bias()
+
+    def _name_for(self, old: gs.Tensor, names: Names) -> str:
+        """The old constant's name where nobody else reads it, otherwise a free one."""
+        alone = len(old.outputs) == 1 and id(old) not in self.outputs and isinstance(old, gs.Constant)
+        return str(old.name) if alone else names.free(old.name)
+
+
+def find_layers(student: Graph, teacher: Graph) -> tuple[list[Layer], list[tuple[str, str]]]:
+    """Layers of the outermost graph in order, and (node, reason) of those that have no counterpart.
+
+    Args:
+        student: the quantised graph, sorted.
+        teacher: the float graph.
+    """
+    outputs = frozenset(graph_output_ids(student))
+    known = {t.name for node in teacher.nodes for t in node.outputs if t.name}
+    inside = _names_read_inside(student)
+    found: list[Layer] = []
+    skipped: list[tuple[str, str]] = []
+    for node in student.nodes:
+        if node.op not in _LAYERS or normal_domain(node) != "" or len(node.inputs) < 2:
+            continue
+        reader = _weight_reader(node)
+        if reader is None:
+            continue
+        layer = _layer(student, node, reader, outputs, inside, known)
+        if isinstance(layer, Layer):
+            found.append(layer)
+        else:
+            skipped.append((node.name, layer))
+    position = {id(layer.node): i for i, layer in enumerate(found)}
+    for i, layer in enumerate(found):
+        _join(layer, i, position, outputs, known)
+    return found, skipped
+
+
+def _join(layer: Layer, position: int, positions: Mapping[int, int], outputs: frozenset[int], known: set[str]) -> None:
+    """Let ``layer`` aim at the sum that its output goes into, where the other operand holds no later layer."""
+    tensor = layer.output
+    while len(tensor.outputs) == 1 and id(tensor) not in outputs:
+        reader = tensor.outputs[0]
+        if reader.op not in ("QuantizeLinear", "DequantizeLinear"):
+            break
+        tensor = reader.outputs[0]
+    if len(tensor.outputs) != 1 or id(tensor) in outputs or tensor.outputs[0].op != "Add":
+        return
+    add = tensor.outputs[0]
+    other = add.inputs[1] if add.inputs[0] is tensor else add.inputs[0]
+    target = _target(add.outputs[0], known)
+    if other is tensor or target is None or target == layer.target or constant_value(other) is not None:
+        return
+    stack, seen = [other], set()
+    while stack:
+        source = stack.pop()
+        if id(source) in seen:
+            continue
+        seen.add(id(source))
+        for node in source.inputs:
+            # Nested graphs read what the inputs do not show: there no promise about the order can be made.
+            if positions.get(id(node), -1) >= position or any(True for _ in nested_graphs(node)):
+                return
+            stack.extend(node.inputs)
+    if seen and any(node.op != "DequantizeLinear" or _is_variable(node) for node in other.inputs) or not other.inputs:
+        layer.shortcut, layer.target = other, target
+
+
+def _is_variable(node: gs.Node) -> bool:
+    return constant_value(node.inputs[0]) is None
+
+
+def _weight_reader(node: gs.Node) -> gs.Node | None:
+    """The DequantizeLinear of a stored int8 weight that is symmetric, or None."""
+    producers = node.inputs[1].inputs
+    if len(producers) != 1 or producers[0].op != "DequantizeLinear":
+        return None
+    reader = producers[0]
+    values = [constant_value(t) for t in reader.inputs]
+    if any(value is None for value in values) or values[0].dtype != np.int8:  # type: ignore[union-attr]
+        return None
+    if len(values) > 2 and np.any(values[2]):
+        return None
+    return reader
+
+
+def _layer(
+    graph: Graph, node: gs.Node, reader: gs.Node, outputs: frozenset[int], inside: set[str], known: set[str]
+) -> Layer | str:
+    """The layer, or why it cannot be one."""
+    weight = reader.inputs[0]
+    rank = len(weight.shape)
+    if node.op != "Conv" and rank != 2:
+        return "its weight is no matrix"
+    if node.op == "Gemm" and (attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0):
+        return "a Gemm with transA or alpha is not a plain layer"
+    if node.op == "Gemm" and attribute(node, "beta", 1.0) != 1.0:
+        return "a Gemm with beta is not a plain layer"
+    output, bias_node, bias_index = node.outputs[0], node, 2
+    if node.op == "MatMul":
+        add = _bias_add(node, outputs)
+        bias_node, bias_index = (None, 0) if add is None else add
+        if bias_node is not None and _target(bias_node.outputs[0], known) is not None:
+            output = bias_node.outputs[0]
+    if bias_node is not None and len(bias_node.inputs) > bias_index and bias_node.inputs[bias_index].name:
+        if not _is_bias(bias_node.inputs[bias_index]):
+            return "its bias is computed"
+    target = _target(output, known)
+    if target is None:
+        return f"the float model has no tensor {output.name!r} to compare with"
+    scale = constant_value(reader.inputs[1])
+    channels = weight.shape[{"Conv": 0, "Gemm": 0 if attribute(node, "transB", 0) else 1}.get(node.op, 1)]
+    if scale is None or scale.size not in (1, channels):
+        return "its weight is not quantised per output channel"
+    shared = len(weight.outputs) > 1 or len(reader.outputs[0].outputs) > 1 or id(reader.outputs[0]) in outputs
+    shared = shared or id(weight) in outputs or reader.outputs[0].name in inside or weight.name in inside
+    axis = 1 if node.op == "Conv" else -1
+    return Layer(graph, node, reader, output, axis, target, bias_node, bias_index, _input_scale(node), shared, outputs)
+
+
+def _bias_add(node: gs.Node, outputs: frozenset[int]) -> tuple[gs.Node, int] | None:
+    """The Add behind a MatMul that adds one constant a channel, and which of its inputs that is."""
+    product = node.outputs[0]
+    if len(product.outputs) != 1 or product.outputs[0].op != "Add" or id(product) in outputs:
+        return None
+    add = product.outputs[0]
+    index = 1 if add.inputs[0] is product else 0
+    channels = node.inputs[1].inputs[0].inputs[0].shape[-1]
+    return (add, index) if _bias_shape(add.inputs[index]) == (channels,) else None
+
+
+def _bias_shape(tensor: gs.Tensor) -> tuple[int, ...] | None:
+    """Shape of a stored bias: a float constant, or an int32 constant behind a DequantizeLinear."""
+    if not _is_bias(tensor):
+        return None
+    value = constant_value(tensor)
+    if value is None:
+        value = constant_value(tensor.inputs[0].inputs[0])
+    return None if value is None else value.shape
+
+
+def _is_bias(tensor: gs.Tensor) -> bool:
+    """True for a float constant, and for an int32 constant behind a DequantizeLinear."""
+    value = constant_value(tensor)
+    if value is not None:
+        return value.dtype == np.float32
+    if len(tensor.inputs) != 1 or tensor.inputs[0].op != "DequantizeLinear":
+        return False
+    values = [constant_value(t) for t in tensor.inputs[0].inputs]
+    return all(v is not None for v in values) and values[0].dtype == np.int32  # type: ignore[union-attr]
+
+
+def _target(output: gs.Tensor, known: set[str]) -> str | None:
+    """What the teacher calls ``output``: where a quantiser follows directly, the name went to its dequantised form."""
+    for reader in output.outputs:
+        if reader.op == "QuantizeLinear":
+            integers = reader.outputs[0]
+            names = [r.outputs[0].name for r in integers.outputs if r.op == "DequantizeLinear"]
+            names.append(integers.name.removesuffix("_quantized"))
+            for name in names:
+                if name in known and output.name.startswith(f"{name}_float"):
+                    return str(name)
+    return str(output.name) if output.name in known else None
+
+
+def _input_scale(node: gs.Node) -> float | None:
+    producers = node.inputs[0].inputs
+    if len(producers) != 1 or producers[0].op != "DequantizeLinear":
+        return None
+    value = constant_value(producers[0].inputs[1])
+    return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
+
+
+def _names_read_inside(graph: Graph) -> set[str]:
+    return {
+        t.name
+        for node in graph.nodes
+        for part in nested_graphs(node)
+        for inner in walk_nodes(part)
+        for t in inner.inputs
+    } | {t.name for node in graph.nodes for part in nested_graphs(node) for p in walk_graphs(part) for t in p.outputs}
+
+
+def _read_only(array: Array) -> Array:
+    array = np.ascontiguousarray(array) if array.ndim else array
+    array.flags.writeable = False
+    return array
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Batches to learn from and batches to judge by.
+
+    ``overlap`` is True where there are too few samples to hold any out, so that both are the same.
+    """
+
+    train: Dataset
+    held_out: Dataset
+    overlap: bool = False
+
+    def feeds(self) -> list[tuple[dict[str, Array], bool]]:
+        """(feeds, held out?) of all batches, in memory; with ``overlap`` each batch comes once for either use."""
+        parts = [(self.train, False), (self.held_out, True)]
+        return [(dict(batch.feeds), held) for data, held in parts for batch in data]
+
+
+def split_samples(data: Dataset, seed: int, limit: int) -> Samples:
+    """At most ``limit`` samples spread evenly over ``data``, one of :data:`HELD_OUT` held out."""
+    limit = max(limit, 1)
+    if limit < data.samples:
+        try:
+            data = data.split(limit / data.samples, seed)[1]
+        except DataError:
+            data = data.take(limit)
+    try:
+        train, held_out = data.split(1 / HELD_OUT, seed)
+    except DataError:
+        return Samples(data, data, overlap=True)
+    return Samples(train, held_out)
+
+
+def samples_that_fit(plans: Sequence[tuple[Graph, Sequence[Sequence[str]]]], data: Dataset) -> int:
+    """Samples of ``data`` whose activations between two pieces fit into :data:`MEMORY`.
+
+    Runs each graph once on one sample (or the batch that the model demands).
+
+    Args:
+        plans: per graph, what :class:`Advance` is going to be asked for.
+        data: the samples.
+
+    Raises:
+        ModelError: a value is no tensor of numbers, so that nothing can be kept between two pieces.
+    """
+    batch = data.take(data.fixed_batch or 1).first()
+    peak = 1
+    for graph, schedule in plans:
+        peak += _peak_bytes(graph, schedule, batch.feeds)
+    return max(batch.samples, MEMORY * batch.samples // peak)
+
+
+def _peak_bytes(graph: Graph, schedule: Sequence[Sequence[str]], feeds: Mapping[str, Array]) -> int:
+    advance = Advance(graph, [dict(feeds)], schedule, threads=1)
+    peak = advance.held_bytes()
+    for _ in schedule:
+        list(advance.step())
+        peak = max(peak, advance.held_bytes())
+    return peak
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running in pieces
+
+
+class Advance:
+    """Runs a graph piece by piece over batches that stay in memory.
+
+    ::
+
+        advance = Advance(graph, feeds, [["a"], ["b"]])
+        for batch in advance.step(): ...     # {"a": ...} of every batch
+        for batch in advance.step(): ...     # {"b": ...}; nodes before "a" do not run again
+
+    Between two steps the constants of nodes that have not run may be changed.
+
+    Args:
+        graph: a sorted graph; its constants may change while it advances.
+        feeds: {input name: array} of every batch.
+        schedule: per step, the tensors of the outermost graph that are asked for.
+        optimization: the runtime's level for every piece.
+        threads: intra-op threads; 0: the runtime's choice.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        feeds: Sequence[Mapping[str, Array]],
+        schedule: Sequence[Sequence[str]],
+        *,
+        optimization: Optimization = "disabled",
+        threads: int = 0,
+    ) -> None:
+        self._graph = graph
+        self._schedule = [tuple(names) for names in schedule]
+        self._optimization = optimization
+        self._threads = threads
+        self._next = 0
+        self._done: set[int] = set()
+        defaults = {name: constant_value(c) for name, c in model_info(graph).defaults.items()}
+        self._states: list[dict[str, Array]] = []
+        inputs = [t.name for t in graph.inputs]
+        for given in feeds:
+            state = {name: given.get(name, defaults.get(name)) for name in inputs}
+            self._states.append({name: value for name, value in state.items() if value is not None})
+        self._stored = {name for state in self._states for name in state}
+        self._producers: dict[str, gs.Node] = {}
+
+    def held_bytes(self) -> int:
+        """Bytes of all tensors that are held now."""
+        return sum(value.nbytes for state in self._states for value in state.values())
+
+    def shift(self, name: str, amount: NDArray[np.float64], axis: int) -> None:
+        """Add one value a position along ``axis`` to tensor ``name``, where it is still needed."""
+        for state in self._states:
+            if name in state:
+                value = state[name]
+                shape = [-1 if i == axis % value.ndim else 1 for i in range(value.ndim)]
+                state[name] = value + amount.astype(value.dtype).reshape(shape)
+
+    def step(self) -> Iterator[dict[str, Array]]:
+        """Run up to the next step of the schedule; yields what it asks for, batch by batch.
+
+        Raises:
+            ModelError: a value is no tensor of numbers.
+        """
+        wanted = self._schedule[self._next]
+        self._next += 1
+        self._producers = {t.name: node for node in self._graph.nodes for t in node.outputs if t.name}
+        nodes, inputs = self._piece(wanted)
+        self._done.update(id(node) for node in nodes if node.op not in _AGAIN)
+        live = self._live()
+        made = {t.name for node in nodes if node.op not in _AGAIN for t in node.outputs if t.name}
+        fetch = list(dict.fromkeys([*(n for n in wanted if n not in self._stored), *sorted(live & made)]))
+        session = self._session(nodes, inputs, fetch) if nodes else None
+        self._stored = live & (self._stored | made)
+        for state in self._states:
+            values = session.run(state, fetch) if session is not None else {}
+            for name, value in values.items():
+                if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
+                    raise ModelError(f"tensor {name!r} is no tensor of numbers; the model cannot be run in pieces")
+            answer = {name: values[name] if name in values else state[name] for name in wanted}
+            for name in [n for n in state if n not in live]:
+                del state[name]
+            state.update((name, values[name]) for name in live & made)
+            yield answer
+
+    def _reads(self, node: gs.Node) -> Iterator[str]:
+        yield from (t.name for t in node.inputs if t.name and not isinstance(t, gs.Constant))
+        for part in nested_graphs(node):
+            for inner in walk_nodes(part):
+                yield from (t.name for t in inner.inputs if t.name in self._producers or t.name in self._stored)
+            for nested in walk_graphs(part):
+                yield from (t.name for t in nested.outputs if t.name in self._producers or t.name in self._stored)
+
+    def _piece(self, wanted: Sequence[str]) -> tuple[list[gs.Node], list[str]]:
+        """Nodes that have to run for ``wanted``, in order, and the held tensors that they read."""
+        nodes: dict[int, gs.Node] = {}
+        inputs: dict[str, None] = {}
+        stack = [name for name in wanted if name not in self._stored]
+        seen: set[str] = set()
+        while stack:
+            name = stack.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            if name in self._stored:
+                inputs[name] = None
+                continue
+            node = self._producers.get(name)
+            if node is not None and id(node) not in nodes:
+                nodes[id(node)] = node
+                stack.extend(self._reads(node))
+        return [node for node in self._graph.nodes if id(node) in nodes], sorted(inputs)
+
+    def _live(self) -> set[str]:
+        """Tensors that steps to come need and that are, or were, computed by now."""
+        live: set[str] = set()
+        seen: set[str] = set()
+        stack = [name for names in self._schedule[self._next :] for name in names]
+        while stack:
+            name = stack.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            node = self._producers.get(name)
+            if node is None or id(node) in self._done:
+                live.add(name)
+            else:
+                stack.extend(self._reads(node))
+        return live
+
+    def _session(self, nodes: list[gs.Node], inputs: Sequence[str], fetch: Sequence[str]) -> Session:
+        example = self._states[0]
+        whole = self._graph
+        tensors = {t.name: t for node in nodes for t in node.outputs if t.name}
+        piece = gs.Graph(
+            nodes=nodes,
+            inputs=[gs.Variable(name, example[name].dtype, [None] * example[name].ndim) for name in inputs],
+            outputs=[tensors[name] for name in fetch],
+            name="piece",
+            opset=whole.opset,
+            import_domains=whole.import_domains,
+            functions=list(whole.functions),
+            ir_version=whole.ir_version,
+        )
+        piece.__dict__["onnxcompress_info"] = ModelInfo(initializer_order=model_info(whole).initializer_order)
+        sort_nodes(piece)
+        return Session(piece, optimization=self._optimization, threads=self._threads)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Judging
+
+
+class Judge:
+    """The error of a student's outputs against the teacher's, over the same samples every time."""
+
+    def __init__(self, teacher: Graph, data: Dataset, threads: int = 0) -> None:
+        self._teacher = Session(teacher, optimization="disabled", threads=threads)
+        self._data = data
+        self._threads = threads
+
+    def error(self, student: Graph) -> float:
+        """Mean over the floating-point outputs of ||a - b||^2 / ||a||^2; infinite where one is not finite."""
+        session = Session(student, optimization="disabled", threads=self._threads)
+        found = compare(self._teacher.run, session.run, self._data)
+        errors = [o.relative_l2**2 for o in found if o.equal_elements is None]
+        return float(np.mean(errors)) if errors else 0.0
+
+
+def decibels(error: float) -> float:
+    """A relative squared error as a signal-to-noise ratio in dB; infinite where there is no error."""
+    return float("inf") if error <= 0 else -10 * log10(error)
+
+
+@dataclass(frozen=True)
+class Mended:
+    """What a layer got, and the relative squared error of its output on held-out samples.
+
+    ``position`` counts what :func:`find_layers` finds; None stands for a weight or bias that stays.
+    """
+
+    position: int
+    node: str
+    integers: NDArray[np.int8] | None
+    bias: NDArray[np.float64] | None
+    before: float
+    after: float
+
+    def gain(self) -> str:
+        """For the report."""
+        return f"error at its output {decibels(self.before):.2f} -> {decibels(self.after):.2f} dB on held-out samples"
+
+
+def mend(graph: Graph, teacher: Graph, changes: Sequence[Mended]) -> None:
+    """Write ``changes`` into ``graph``, which is the one that they were found for, or a copy."""
+    layers, _ = find_layers(graph, teacher)
+    names = Names(graph)
+    for change in changes:
+        layer = layers[change.position]
+        if change.integers is not None:
+            layer.set_integers(change.integers)
+        if change.bias is not None:
+            layer.set_bias(change.bias, names)
+    sort_nodes(graph)
+
+
+def keep_best(
+    start: Graph, teacher: Graph, changes: Sequence[Mended], data: Dataset, threads: int = 0
+) -> tuple[Graph, int, float, float]:
+    """``start`` with as many of ``changes`` applied, from the first on, as do the model's outputs good.
+
+    All of them, unless the error of the outputs is no smaller than at the start: then the best of the first three
+    quarters, half and quarter, or none.
+
+    Returns:
+        A graph (``start`` itself where nothing helps), how many changes it holds, and the relative squared error of the
+        outputs on ``data`` before and after.
+    """
+    judge = Judge(teacher, data, threads)
+    before = judge.error(start)
+    best, kept, lowest = start, 0, before
+    for count in sorted({len(changes) * share // 4 for share in (1, 2, 3, 4)} - {0}, reverse=True):
+        candidate = copy_graph(start)
+        mend(candidate, teacher, changes[:count])
+        error = judge.error(candidate)
+        if error < lowest:
+            best, kept, lowest = candidate, count, error
+        if kept == len(changes):
+            break
+    return best, kept, before, lowest
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Teacher and student together
+
+
+class Lockstep:
+    """Both networks, advancing from layer to layer.
+
+    ::
+
+        lockstep = Lockstep(student, layers, context, samples=256, reads=lambda layer: layer.output.name)
+        for layer in layers:
+            for found, expected, held_out in lockstep.pairs():   # of this layer, batch by batch
+                ...
+            # the layer may be changed now; the next one sees what it does
+
+    Args:
+        student: the quantised graph, sorted; its layers may be changed on the way.
+        layers: in graph order.
+        context: data, teacher, seed and threads.
+        samples: most samples to use.
+        reads: the student's tensor that a layer asks for; of the teacher it is always the layer's target.
+
+    Raises:
+        ModelError: the networks cannot be run in pieces.
+    """
+
+    def __init__(
+        self,
+        student: Graph,
+        layers: Sequence[Layer],
+        context: Context,
+        *,
+        samples: int,
+        reads: Callable[[Layer], str],
+    ) -> None:
+        teacher, data = context.original, context.data
+        assert teacher is not None and data is not None
+        wanted = [[reads(layer), *((layer.shortcut.name,) if layer.shortcut is not None else ())] for layer in layers]
+        expected = [[layer.target] for layer in layers]
+        self._wanted = list(zip(wanted, expected, strict=True))
+        limit = min(samples, samples_that_fit([(student, wanted), (teacher, expected)], data))
+        self.samples = split_samples(data, context.seed, limit)
+        batches = self.samples.feeds()
+        feeds = [given for given, _ in batches]
+        self.held = [held for _, held in batches]
+        self.student = Advance(student, feeds, wanted, threads=context.threads)
+        self.teacher = Advance(teacher, feeds, expected, threads=context.threads)
+        self._next = 0
+
+    def pairs(self) -> Iterator[tuple[Array, Array, bool]]:
+        """(student's tensor, what the layer should reproduce, held out?) of the next layer, for every batch."""
+        (mine, theirs), self._next = self._wanted[self._next], self._next + 1
+        for found, expected, held in zip(self.student.step(), self.teacher.step(), self.held, strict=True):
+            aim = expected[theirs[0]]
+            yield found[mine[0]], aim - found[mine[1]] if len(mine) > 1 else aim, held
+
+    def counts(self) -> dict[str, int]:
+        """How many samples were learned from and judged by, for the report."""
+        return {"train": self.samples.train.samples, "held_out": self.samples.held_out.samples}
+
+
+def require_teacher(name: str, context: Context) -> None:
+    """Raise where a pass of this kind cannot start.
+
+    Raises:
+        DataError: there is no calibration data.
+        UsageError: there is no float model.
+    """
+    if context.data is None:
+        raise DataError(f"{name} needs calibration data; give some samples with --data")
+    if context.original is None:
+        raise UsageError(f"{name} compares with the float model; run it in one recipe behind insert_qdq")
+
+
+def mismatch(found: Array, expected: Array) -> str | None:
+    """Why two tensors of a layer cannot be compared, or None."""
+    if found.shape != expected.shape:
+        return f"its output is {list(found.shape)} where the float model's tensor is {list(expected.shape)}"
+    return None
+
+
+def unlike(error: float, signal: float) -> str | None:
+    """Why a layer's target is not its target after all, from squared error and squared signal; None where it is.
+
+    A pass between may have given a name to another tensor. Quantisation does not cost half of the signal.
+    """
+    if not np.isfinite(error) or not np.isfinite(signal):
+        return "values at its output are not finite"
+    if error == 0.0:
+        return "the student computes what the float model does"
+    if signal == 0.0 or error > 0.5 * signal:
+        return "its output has little in common with the float model's tensor of that name"
+    return None
+
+
+def settle(
+    graph: Graph, changes: Sequence[Mended], lockstep: Lockstep, context: Context, kind: str
+) -> Iterator[Change | Refusal | Detail]:
+    """Write what does the outputs good into ``graph`` and report it; ``kind`` names the changes."""
+    teacher = context.original
+    assert teacher is not None
+    if lockstep.samples.overlap:
+        context.warn("too few calibration samples to hold any out; changes were judged on what they were learned from")
+    best, kept, before, after = keep_best(graph, teacher, changes, lockstep.samples.held_out, context.threads)
+    if best is not graph:
+        replace_contents(graph, best)
+    for change in changes[:kept]:
+        yield Change(kind, change.node, change.gain())
+    for change in changes[kept:]:
+        yield Refusal(change.node, f"not {kind}: the error of the model's outputs does not fall by it")
+    yield Detail("output_sqnr_db", {"before": _rounded(before), "after": _rounded(after), **lockstep.counts()})
+
+
+def _rounded(error: float) -> float | None:
+    """Decibels for the report; None stands for infinite, which JSON lacks."""
+    value = decibels(error)
+    return round(value, 3) if np.isfinite(value) else None

@@ -1,0 +1,436 @@
+"""Weights rounded so that each layer reproduces the float model's output from its own, quantised inputs.
+
+Rounding every weight to the nearest integer is not best for the layer: errors of weights that see correlated inputs can
+cancel. With the residual ``D = teacher - student`` at a layer's output and the student's inputs ``X`` (patches of the
+image for a Conv), the weights ``W`` of each filter are moved by ``V`` and its bias by ``v`` so that ::
+
+    ||D - V X - v||^2 + ridge ||V||^2   becomes small, with (W + V) / scale an integer in [-127, 127]
+
+The real solution ``D X' (X X' + ridge)^-1`` is rounded column by column, each rounding error being spread over the
+columns still to come by the inverse of the Gram matrix ``X X'``, and then improved by coordinate descent. Because ``X``
+holds the errors that earlier layers made, the solution also mends what can be mended of these. Layers are done in graph
+order, each with every earlier one in effect; grouped and depthwise convolutions group by group. No labels; scales and
+operators stay as they are.
+
+A layer keeps its new weights only if its error on held-out samples falls, and all of them together only if the error of
+the model's outputs falls.
+
+Source: E. Frantar, D. Alistarh, "Optimal Brain Compression", NeurIPS 2022, and E. Frantar et al., "GPTQ", ICLR 2023, for
+the rounding; M. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020, for the aim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, Refusal
+from onnxcompress.errors import ModelError
+from onnxcompress.graph import Graph, Names, attribute, constant_value, copy_graph
+from onnxcompress.layerwise import Layer, Lockstep, Mended, find_layers, mismatch, require_teacher, settle, unlike
+from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
+
+__all__ = ["Moments", "RoundWeights", "round_columns"]
+
+Array = NDArray[Any]
+Floats = NDArray[np.float64]
+
+_LARGEST = 127
+#: rows (output positions) a column (weight of a filter) that are sampled for the Gram matrix
+_ROWS_PER_COLUMN = 16
+_ROWS = (4096, 32768)
+#: a Gram matrix of more columns takes too long to factorise
+_MOST_COLUMNS = 8192
+#: up to this many columns coordinate descent is tried from both ends
+_FEW = 64
+#: sweeps of coordinate descent; it mostly comes to rest sooner
+_SWEEPS = 4
+#: ridge of the Gram matrix that rounding errors are spread by, relative to the mean input power
+_DAMPING = 0.003
+#: integers that differ more from the float weight, relative to its norm, do not come from it
+_SAME_WEIGHT = 0.3
+
+
+class RoundWeights(Pass):
+    """Round the weights of a quantised model anew so that each layer's output is that of the float model."""
+
+    name: ClassVar[str] = "round_weights"
+
+    ridge: tuple[float, ...] = Field(
+        (0.03, 0.3),
+        min_length=1,
+        description="Pull towards the weights as they are, relative to the mean input power; the best one is taken",
+    )
+    adjust_bias: bool = Field(True, description="Move the bias of each layer along with its weights")
+    samples: int = Field(512, ge=1, description="Most calibration samples used; memory may allow fewer")
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """Changes values, for the better: judged by the task metric."""
+        return Guarantee.APPROXIMATE
+
+    @property
+    def needs_data(self) -> bool:
+        """Gram matrices come from samples."""
+        return True
+
+    def requires(self, graph: Graph, context: Context) -> None:
+        """Data and the float model must be there."""
+        require_teacher(self.name, context)
+
+    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
+        """Round layer after layer, then judge all of them by the outputs."""
+        assert context.original is not None
+        student = copy_graph(graph)
+        layers, skipped = find_layers(student, context.original)
+        candidates = []
+        for layer in layers:
+            reason = _refusal(layer)
+            if reason is None:
+                candidates.append(layer)
+            else:
+                skipped.append((layer.name, reason))
+        yield from (Refusal(name, f"weights not rounded anew: {reason}") for name, reason in skipped)
+        if not candidates:
+            return
+        try:
+            lockstep = Lockstep(
+                student, candidates, context, samples=self.samples, reads=lambda layer: layer.node.inputs[0].name
+            )
+        except ModelError as error:
+            yield Refusal("", f"no weights rounded anew: {error}")
+            return
+        names = Names(student)
+        changes: list[Mended] = []
+        originals = _float_weights(context.original, candidates)
+        for number, layer in enumerate(context.progress.track(candidates, "rounding weights", len(candidates))):
+            patches = Patches(layer, lockstep.samples.train.samples, np.random.default_rng([context.seed, number]))
+            train, held_out = Moments(patches), Moments(patches)
+            for inputs, expected, held in lockstep.pairs():
+                (held_out if held else train).update(inputs, expected)
+            reason = held_out.reason or train.reason
+            if reason is not None:
+                yield Refusal(layer.name, f"weights not rounded anew: {reason}")
+                continue
+            found = self._best(layer, originals[number], train, held_out)
+            if found is None:
+                continue
+            integers, bias, before, after = found
+            layer.set_integers(integers)
+            if bias is not None:
+                bias = layer.set_bias(bias, names)
+            changes.append(Mended(layers.index(layer), layer.name, integers, bias, before, after))
+        yield from settle(graph, changes, lockstep, context, "rounded")
+
+    def _best(
+        self, layer: Layer, original: Array | None, train: Moments, held_out: Moments
+    ) -> tuple[NDArray[np.int8], Floats | None, float, float] | None:
+        """Weights, bias and error before and after; None where nothing beats what is there."""
+        patches = train.patches
+        scale = patches.per_filter(layer.scale.astype(np.float64))[:, :, None]
+        start = patches.filters(layer.integers).astype(np.float64)
+        aim = start if original is None else patches.filters(original).astype(np.float64) / scale
+        with_bias = self.adjust_bias and layer.has_bias
+        gram, cross = train.normal_equations(centred=with_bias)
+        rest = cross / scale - (aim - start) @ gram  # what the float weights leave of the residual
+        rounding = _damped(gram, _DAMPING)
+        before = best = held_out.relative(np.zeros_like(start), 0.0)
+        answer = None
+        for ridge in (None, *self.ridge):
+            wanted = aim
+            if ridge is not None:
+                wanted = aim + np.linalg.solve(_damped(gram, ridge), rest.swapaxes(1, 2)).swapaxes(1, 2)
+            elif original is None:
+                continue
+            integers = np.stack([round_columns(*each) for each in zip(wanted, rounding, start, strict=True)])
+            change = (integers - start) * scale
+            shift = train.best_shift(change) if with_bias else np.zeros(scale.shape[:2])
+            after = held_out.relative(change, shift)
+            if after < best:
+                best, answer = after, (integers, shift)
+        if answer is None:
+            return None
+        integers, shift = answer
+        bias = layer.bias() + shift.reshape(-1) if with_bias else None
+        return patches.weight(integers), bias, before, best
+
+
+def _float_weights(teacher: Graph, layers: Sequence[Layer]) -> list[Array | None]:
+    """The weights that the layers' integers came from; None where the float model does not show them.
+
+    The float model may still have its BatchNormalization, which the student's weights have taken in.
+    """
+    folded = FoldBatchNorm()(teacher).graph
+    makers = {t.name: node for node in folded.nodes for t in node.outputs if t.name}
+    found: list[Array | None] = []
+    for layer in layers:
+        node = makers.get(layer.own_target)
+        weight = None if node is None or len(node.inputs) < 2 else constant_value(node.inputs[1])
+        if weight is None or node is None or node.op != layer.node.op or weight.shape != layer.integers.shape:
+            found.append(None)
+            continue
+        if node.op == "Gemm":
+            weight = weight * np.float32(attribute(node, "alpha", 1.0))
+        shape = [-1 if axis == layer.channel_axis else 1 for axis in range(weight.ndim)]
+        away = weight - layer.integers * layer.scale.reshape(shape)
+        found.append(weight if np.linalg.norm(away) < _SAME_WEIGHT * np.linalg.norm(weight) else None)
+    return found
+
+
+def _refusal(layer: Layer) -> str | None:
+    if layer.shared:
+        return "its weight is read by other nodes, too"
+    if layer.integers.size == 0:
+        return "its weight is empty"
+    columns = prod(layer.integers.shape[1:]) if layer.node.op == "Conv" else layer.integers.size // layer.channels
+    if columns > _MOST_COLUMNS:
+        return f"its filters have {columns} weights, more than the {_MOST_COLUMNS} that can be solved for"
+    return None
+
+
+def _damped(gram: Floats, ridge: float) -> Floats:
+    """``gram`` with ``ridge`` times its mean diagonal on the diagonal, for each group."""
+    power = np.trace(gram, axis1=1, axis2=2) / gram.shape[1]
+    power = np.where(power > 0, power, 1.0)
+    damped: Floats = gram + (ridge * power)[:, None, None] * np.eye(gram.shape[1])
+    return damped
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rounding
+
+
+def round_columns(wanted: Floats, gram: Floats, start: Floats) -> Floats:
+    """Integers ``q`` in [-127, 127] for which ``(q - wanted) gram (q - wanted)'`` is small, for each row by itself.
+
+    Columns are rounded in the order of falling input power, each error being made up for by the columns that follow,
+    and the result is improved one integer at a time until none helps. A row for which ``start`` is better keeps it.
+
+    Args:
+        wanted: real weights in units of the scale, [filters, columns].
+        gram: positive definite, [columns, columns].
+        start: integers to be beaten, [filters, columns].
+    """
+    order = np.argsort(-np.diag(gram), kind="stable")
+    sorted_gram = gram[np.ix_(order, order)]
+    # Row i of the upper factor of the inverse says how the error of column i is spread over the columns after it.
+    spread = np.linalg.cholesky(np.linalg.inv(sorted_gram)).T
+    rest = wanted[:, order].copy()
+    columns = len(order)
+    integers = np.empty_like(rest)
+    block = 64
+    for begin in range(0, columns, block):
+        end = min(begin + block, columns)
+        errors = np.empty((len(rest), end - begin))
+        for i in range(begin, end):
+            integers[:, i] = np.clip(np.rint(rest[:, i]), -_LARGEST, _LARGEST)
+            error = (rest[:, i] - integers[:, i]) / spread[i, i]
+            rest[:, i:end] -= error[:, None] * spread[i, i:end]
+            errors[:, i - begin] = error
+        rest[:, end:] -= errors @ spread[begin:end, end:]
+    result = np.empty_like(integers)
+    result[:, order] = integers
+    result = _descend(result, wanted, gram)
+    other = _descend(start, wanted, gram) if columns <= _FEW else start
+    worse = _objective(result, wanted, gram) > _objective(other, wanted, gram)
+    result[worse] = other[worse]
+    return result
+
+
+def _objective(integers: Floats, wanted: Floats, gram: Floats) -> Floats:
+    away = integers - wanted
+    values: Floats = np.einsum("ij,ij->i", away @ gram, away)
+    return values
+
+
+def _descend(integers: Floats, wanted: Floats, gram: Floats) -> Floats:
+    """Coordinate descent: each integer in turn becomes the best one for the others as they are."""
+    integers = integers.copy()
+    gradient = (integers - wanted) @ gram
+    power = np.diag(gram)
+    for _ in range(_SWEEPS):
+        moved = False
+        for i in range(len(power)):
+            best = np.clip(np.rint(integers[:, i] - gradient[:, i] / power[i]), -_LARGEST, _LARGEST)
+            step = best - integers[:, i]
+            rows = np.flatnonzero(step)
+            if len(rows):
+                moved = True
+                integers[rows, i] = best[rows]
+                gradient[rows] += step[rows, None] * gram[i]
+        if not moved:
+            break
+    return integers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From tensors to columns and rows
+
+
+class Patches:
+    """A layer as a matrix product: its weight as [groups, filters, columns], its input as [groups, columns, rows].
+
+    A row is one output position of one sample. Where there are many, the same random positions are taken of every
+    sample of a batch.
+    """
+
+    def __init__(self, layer: Layer, samples: int, generator: np.random.Generator) -> None:
+        node = layer.node
+        self.layer = layer
+        self.conv = node.op == "Conv"
+        self.transposed = layer.channel_axis == 1
+        self.groups = int(attribute(node, "group", 1)) if self.conv else 1
+        shape = layer.integers.shape
+        self.columns = prod(shape[1:]) if self.conv else layer.integers.size // layer.channels
+        rows = min(max(self.columns * _ROWS_PER_COLUMN, _ROWS[0]), _ROWS[1])
+        self._positions = -(-rows // max(samples, 1))
+        self._generator = generator
+
+    def filters(self, weight: Array) -> Array:
+        """The weight as [groups, filters, columns]."""
+        if not self.conv and self.transposed:
+            weight = weight.T
+        return weight.reshape(self.groups, -1, self.columns)
+
+    def weight(self, filters: Floats) -> NDArray[np.int8]:
+        """The inverse of :meth:`filters`, as it is stored."""
+        shape = self.layer.integers.shape
+        if not self.conv and self.transposed:
+            return np.ascontiguousarray(filters.reshape(shape[::-1]).T.astype(np.int8))
+        return filters.reshape(shape).astype(np.int8)
+
+    def per_filter(self, values: Array) -> Array:
+        """One value a channel as [groups, filters]."""
+        return np.ascontiguousarray(values).reshape(self.groups, -1)
+
+    def rows(self, inputs: Array, expected: Array) -> tuple[Array, Array] | str:
+        """([groups, columns, rows], [groups, filters, rows]) of one batch, or why they do not fit."""
+        if self.conv:
+            return self._conv_rows(inputs, expected)
+        if inputs.shape[:-1] != expected.shape[:-1] or expected.shape[-1] != self.layer.channels:
+            return mismatch(np.empty((*inputs.shape[:-1], self.layer.channels)), expected) or "its shapes do not fit"
+        flat_in, flat_out = inputs.reshape(-1, inputs.shape[-1]), expected.reshape(-1, expected.shape[-1])
+        many = self._positions * max(1, inputs.shape[0])
+        if many < len(flat_in):
+            chosen = np.sort(self._generator.choice(len(flat_in), many, replace=False))
+            flat_in, flat_out = flat_in[chosen], flat_out[chosen]
+        return flat_in.T[None], flat_out.T[None]
+
+    def _conv_rows(self, inputs: Array, expected: Array) -> tuple[Array, Array] | str:
+        node = self.layer.node
+        kernel = self.layer.integers.shape[2:]
+        strides = attribute(node, "strides", [1] * len(kernel))
+        dilations = attribute(node, "dilations", [1] * len(kernel))
+        spatial = inputs.shape[2:]
+        pads = _pads(node, spatial, kernel, strides, dilations)
+        padded = np.pad(inputs, [(0, 0), (0, 0), *pads])
+        sizes = [
+            (size - (k - 1) * d - 1) // s + 1
+            for size, k, s, d in zip(padded.shape[2:], kernel, strides, dilations, strict=True)
+        ]
+        if expected.shape != (len(inputs), self.layer.channels, *sizes):
+            return mismatch(np.empty((len(inputs), self.layer.channels, *sizes)), expected) or "its shapes do not fit"
+        positions = np.arange(prod(sizes))
+        if self._positions < len(positions):
+            positions = np.sort(self._generator.choice(len(positions), self._positions, replace=False))
+        # Index of each tap of each position in the flattened padded image: [columns / channels, positions].
+        where = np.zeros((1, len(positions)), np.int64)
+        taps = np.unravel_index(positions, sizes)
+        for axis, (k, d, s) in enumerate(zip(kernel, dilations, strides, strict=True)):
+            along = taps[axis] * s + (np.arange(k) * d)[:, None]
+            where = (where[:, None] * padded.shape[2 + axis] + along).reshape(-1, len(positions))
+        batch, channels = inputs.shape[:2]
+        cut = padded.reshape(batch, channels, -1)[:, :, where]  # [N, C, taps, positions]
+        per_group = channels // self.groups
+        cut = cut.reshape(batch, self.groups, per_group * len(where), len(positions))
+        columns = np.moveaxis(cut, 0, 2).reshape(self.groups, per_group * len(where), -1)
+        chosen = expected.reshape(batch, self.groups, -1, prod(sizes))[..., positions]
+        return columns, np.moveaxis(chosen, 0, 2).reshape(self.groups, chosen.shape[2], -1)
+
+
+def _pads(node: Any, spatial: tuple[int, ...], kernel: Any, strides: Any, dilations: Any) -> list[tuple[int, int]]:
+    """Padding before and after, per spatial axis, as the operator's attributes say."""
+    rank = len(kernel)
+    mode = attribute(node, "auto_pad", "NOTSET")
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        pads = []
+        for size, k, s, d in zip(spatial, kernel, strides, dilations, strict=True):
+            total = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
+            less, more = total // 2, total - total // 2
+            pads.append((less, more) if mode == "SAME_UPPER" else (more, less))
+        return pads
+    given = attribute(node, "pads", [0] * (2 * rank)) if mode == "NOTSET" else [0] * (2 * rank)
+    return list(zip(given[:rank], given[rank:], strict=True))
+
+
+class Moments:
+    """Sums over rows that say, for any change of the weights, what the layer's error becomes.
+
+    They are kept about the student as it is: of the residual ``D`` between what the layer should give and what it gives,
+    and of its inputs ``X``. So small errors are not found as differences of large numbers. Products of one batch are
+    float32, sums over batches float64.
+    """
+
+    def __init__(self, patches: Patches) -> None:
+        self.patches = patches
+        layer = patches.layer
+        scale = patches.per_filter(layer.scale)
+        self._weight = patches.filters(layer.integers).astype(np.float32) * scale[:, :, None]
+        self._bias = patches.per_filter(layer.bias().astype(np.float32))
+        groups, filters, columns = self._weight.shape
+        self.count = 0
+        self.gram = np.zeros((groups, columns, columns))
+        self.inputs = np.zeros((groups, columns))
+        self.cross = np.zeros((groups, filters, columns))
+        self.residual = np.zeros((groups, filters))
+        self.squares = np.zeros((groups, filters))
+        self.signal = 0.0
+        self._mismatch: str | None = None
+
+    def update(self, inputs: Array, expected: Array) -> None:
+        """Take in one batch of the layer's input and of what it should give."""
+        rows = self.patches.rows(inputs, expected) if self._mismatch is None else self._mismatch
+        if isinstance(rows, str):
+            self._mismatch = rows
+            return
+        columns, aim = rows
+        residual = aim - self._weight @ columns - self._bias[:, :, None]
+        self.count += columns.shape[2]
+        self.gram += columns @ columns.swapaxes(1, 2)
+        self.cross += residual @ columns.swapaxes(1, 2)
+        self.inputs += columns.sum(axis=2, dtype=np.float64)
+        self.residual += residual.sum(axis=2, dtype=np.float64)
+        self.squares += np.einsum("gij,gij->gi", residual, residual, dtype=np.float64)
+        self.signal += float(np.einsum("gij,gij->", aim, aim, dtype=np.float64))
+
+    @property
+    def reason(self) -> str | None:
+        """Why nothing can be learned from these rows; None where it can."""
+        return self._mismatch or unlike(float(self.squares.sum()), self.signal)
+
+    def normal_equations(self, *, centred: bool) -> tuple[Floats, Floats]:
+        """(X X', D X') a row, about the means where the bias is free."""
+        gram, cross = self.gram / self.count, self.cross / self.count
+        if centred:
+            inputs, residual = self.inputs / self.count, self.residual / self.count
+            gram = gram - inputs[:, :, None] * inputs[:, None, :]
+            cross = cross - residual[:, :, None] * inputs[:, None, :]
+        return gram, cross
+
+    def best_shift(self, change: Floats) -> Floats:
+        """The change of the bias, [groups, filters], that goes best with ``change`` of the weights."""
+        shift: Floats = (self.residual - np.einsum("gij,gj->gi", change, self.inputs)) / self.count
+        return shift
+
+    def relative(self, change: Floats, shift: Floats | float) -> float:
+        """Squared error over squared signal if weights were changed by ``change`` and biases by ``shift``."""
+        error = self.squares - 2 * np.einsum("gij,gij->gi", change, self.cross)
+        error = error + np.einsum("gij,gij->gi", change @ self.gram, change)
+        error = error - 2 * shift * (self.residual - np.einsum("gij,gj->gi", change, self.inputs))
+        error = error + self.count * np.square(shift)
+        return max(float(error.sum()), 0.0) / self.signal
