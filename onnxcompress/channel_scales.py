@@ -268,7 +268,7 @@ class ChannelScales:
         return channels is not None and channels.axis == 1 and self._same(node)
 
     def _clip(self, node: gs.Node) -> bool:
-        bounds = []
+        bounds: list[float | None] = []
         for index, name in ((1, "min"), (2, "max")):
             if len(node.inputs) > index and node.inputs[index].name:
                 value = constant_value(node.inputs[index])
