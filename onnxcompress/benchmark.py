@@ -274,7 +274,7 @@ def _feeds(models: tuple[_Subject, _Subject], data: Any, batch: int | None) -> l
             "give two models that take the same data"
         )
     feeds: list[Feeds] = [b.feeds for b in islice(open_data(data, specs, batch=batch), FEEDS)]
-    missing = [name for name in names if name not in feeds[0]]
+    missing = [s.name for s in specs if not s.optional and s.name not in feeds[0]]
     if missing:
         raise DataError(f"the data has no {', '.join(missing)}; expected an array for each of {', '.join(names)}")
     return feeds

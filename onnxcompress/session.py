@@ -97,7 +97,7 @@ class Session:
         }[optimization]
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised; the runtime's own lines on stderr would tell them twice
         if provider == "cuda":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         for key, value in (config or {}).items():

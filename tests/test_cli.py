@@ -34,6 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, calibration data, and evaluation data that is labelled by the model itself."""
     path = tmp_path_factory.mktemp("small")
     model = write_model(path / "model.onnx")
+    custom = onnx.load(model)
+    custom.graph.node[2].domain = "nobody.knows"
+    custom.opset_import.append(onnx.helper.make_opsetid("nobody.knows", 1))
+    onnx.save(custom, path / "custom.onnx")
     (path / "loop.npz").symlink_to(path / "loop.npz")
     onnx.save(onnx.compose.add_prefix(onnx.load(model), "other_"), path / "other.onnx")
     write_data(path / "data.npz")
@@ -47,6 +51,7 @@ def call(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calla
     """Run a command line in an empty folder; MODEL, DATA and EVAL stand for the files."""
     monkeypatch.chdir(tmp_path)
     files = {"MODEL": "model.onnx", "OTHER": "other.onnx", "DATA": "data.npz", "EVAL": "eval.npz", "LOOP": "loop.npz"}
+    files["CUSTOM"] = "custom.onnx"
     names = {word: folder / name for word, name in files.items()}
 
     def run(line: str | list[str]) -> Result:
@@ -241,6 +246,7 @@ FAILURES = {
     "empty folder": (["demo", "-o", ""], 2, "no folder was given"),
     "a name that is no text": (COMPRESS.replace("out.onnx", "\udcff.onnx"), 2, "no UTF-8"),
     "models with different inputs": ("compare MODEL OTHER", 2, "the models have different inputs"),
+    "a model that the runtime cannot open": ("compare CUSTOM CUSTOM", 3, "onnxruntime cannot open the model"),
     "no second model": ("compare MODEL nowhere.onnx", 2, "nowhere.onnx does not exist"),
     "no number": ("compress MODEL --data DATA -o out.onnx --samples x", 2, "'x' is not an integer; see"),
     "not a number": ("compress MODEL --data DATA -o out.onnx --max-drop nan", 2, "nan is not a finite number"),
@@ -411,3 +417,17 @@ def test_public_names_are_lazy_and_complete() -> None:
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert answer.stderr == ""
     assert answer.stdout == "module 'onnxcompress' has no attribute 'nothing'\n"
+
+
+def test_the_runtime_writes_nothing_of_its_own(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("StringNormalizer", ["x"], ["y"], case_change_action="UPPER", locale="no_SUCH")
+    tensors = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.STRING, [3]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "text", tensors[:1], tensors[1:])
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8),
+        tmp_path / "text.onnx",
+    )
+    line = [*PROGRAM, "compare", str(tmp_path / "text.onnx"), str(tmp_path / "text.onnx"), "--quiet"]
+    answer = subprocess.run(line, capture_output=True, text=True)
+    assert answer.returncode == 3
+    assert [text.split(":")[0] for text in answer.stderr.splitlines()] == ["warning", "error"]

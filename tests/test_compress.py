@@ -170,6 +170,29 @@ def test_lossless_passes_calibrate_nothing(run: Callable[..., CompressResult]) -
     assert not any("calibrated" in warning for warning in result.warnings)
 
 
+@pytest.mark.parametrize("overridable", [False, True])
+def test_a_model_without_inputs_is_compressed(
+    run: Callable[..., CompressResult], tmp_path: Path, overridable: bool
+) -> None:
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["a", "b"], ["y"])],
+        "constant",
+        [value("a", onnx.TensorProto.FLOAT, [2])] if overridable else [],
+        [value("y", onnx.TensorProto.FLOAT, [2])],
+        [onnx.numpy_helper.from_array(np.ones(2, np.float32), name) for name in "ab"],
+    )
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8),
+        tmp_path / "none.onnx",
+    )
+    options = {"model": tmp_path / "none.onnx", "data": None, "eval_data": None, "max_drop": "auto"}
+    for recipe, random in (("lossless", False), ("int8", True)):
+        result = run(**options, recipe=recipe, random_data=random, benchmark=True, benchmark_seconds=0.1)
+        assert result.verification is not None
+        assert result.verification.outputs[0].max_abs == 0.0
+
+
 def test_a_missed_budget_writes_nothing(run: Callable[..., CompressResult], folder: Path, tmp_path: Path) -> None:
     score = exact_answers(folder / "model.onnx", folder / "plain.npz", tmp_path / "score.py")
     output = tmp_path / "out.onnx"

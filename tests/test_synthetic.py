@@ -249,7 +249,7 @@ def test_control_inputs_are_ones() -> None:
         ([InputSpec("x", F32, ("N",))], {"samples": 0}, UsageError, "samples is 0; expected 1 or more"),
         ([InputSpec("x", F32, ("N", "L"))], {"dynamic": {"M": 2}}, UsageError, "no dimension 'M'; they have 'L', 'N'"),
         ([InputSpec("x", F32, ("N", "L"))], {"dynamic": {"L": 0}}, UsageError, "L is 0"),
-        ([], {}, DataError, "no inputs"),
+        ([InputSpec("x", F32, (0, 3))], {}, DataError, "batches of 0 samples"),
     ],
 )
 def test_what_cannot_be_made_up(

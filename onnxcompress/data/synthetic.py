@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxcompress.data.columns import Column, Rows
-from onnxcompress.data.dataset import Dataset
+from onnxcompress.data.dataset import Chunk, Dataset
 from onnxcompress.data.fit import Fitter
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, InputSpec, attribute, constant_value, copy_graph, normal_domain
@@ -46,7 +46,8 @@ def synthetic_data(
     Floats are standard normal, 8-bit integers cover their range, indices stay below the size of their table, masks are
     ones, token types zeros, positions count up. A symbol has one size in all inputs: the first axis is the batch,
     height and width are what the graph demands (224 where it demands nothing), others 16. A sample depends on the seed
-    and its number alone, so that batch sizes make no difference. Optional inputs are left out.
+    and its number alone, so that batch sizes make no difference. Optional inputs are left out; a model
+    without other inputs gets one sample that feeds nothing.
 
     Args:
         specs: the model's inputs.
@@ -64,6 +65,8 @@ def synthetic_data(
         if value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more")
     required = [spec for spec in specs if not spec.optional]
+    if not required:  # there is one answer, and nothing to feed for it
+        return Dataset((Chunk({}, {}, None, 1, ()),), 1, synthetic=True)
     whole = _is_whole(required)
     sizes = _Sizes(required, graph, batch if whole else 1, dynamic or {})
     bounds = _index_bounds(graph) if graph is not None else {}
@@ -79,6 +82,10 @@ def synthetic_data(
         ]
         return Dataset(tuple(chunks), None, fixed_batch=fitter.fixed_batch, synthetic=True)
     step = next((spec.shape[0] for spec in required if spec.shape and isinstance(spec.shape[0], int)), 1)
+    if step == 0:
+        raise DataError(
+            "the model takes batches of 0 samples, so it takes no data; export it with a batch of 1 or more"
+        )
     count = -(-samples // step) * step
     columns: dict[str, Column] = {}
     for spec in required:
