@@ -1,10 +1,10 @@
 """Teacher and student side by side: pairs of tensors, layer by layer, with every earlier change in effect.
 
-The student is a graph that :class:`~onnxcompress.passes.insert_qdq.InsertQdq` wrote, the teacher the float graph that it
-was made from. A pass that mends the student one layer after the other needs, for each layer, what the student computes
-*after* all earlier layers were mended. Running the whole network once more for each layer would be quadratic. Here both
-networks advance in lockstep: :class:`Advance` keeps, for each batch, only the tensors that nodes still to come read, and
-runs the piece of the graph up to the next layer. All layers together then cost one run of each network.
+The student is a graph that :class:`~onnxcompress.passes.insert_qdq.InsertQdq` wrote, the teacher the float graph that
+it was made from. A pass that mends the student one layer after the other needs, for each layer, what the student
+computes *after* all earlier layers were mended. Running the whole network once more for each layer would be quadratic.
+Here both networks advance in lockstep: :class:`Advance` keeps, for each batch, only the tensors that nodes still to
+come read, and runs the piece of the graph up to the next layer. All layers together then cost one run of each network.
 
 What lies between two pieces is held in memory, so the number of samples is bounded (:func:`samples_that_fit`);
 dequantised tensors are held as the integers that they come from.
@@ -272,7 +272,7 @@ def _join(layer: Layer, position: int, positions: Mapping[int, int], outputs: fr
     add = tensor.outputs[0]
     other = add.inputs[1] if add.inputs[0] is tensor else add.inputs[0]
     target = _target(add.outputs[0], known)
-    if other is tensor or target is None or target == layer.target or constant_value(other) is not None:
+    if other is tensor or target is None or target == layer.target or not _is_computed(other):
         return
     stack, seen = [other], set()
     while stack:
@@ -285,12 +285,14 @@ def _join(layer: Layer, position: int, positions: Mapping[int, int], outputs: fr
             if positions.get(id(node), -1) >= position or any(True for _ in nested_graphs(node)):
                 return
             stack.extend(node.inputs)
-    if seen and any(node.op != "DequantizeLinear" or _is_variable(node) for node in other.inputs) or not other.inputs:
-        layer.shortcut, layer.target = other, target
+    layer.shortcut, layer.target = other, target
 
 
-def _is_variable(node: gs.Node) -> bool:
-    return constant_value(node.inputs[0]) is None
+def _is_computed(tensor: gs.Tensor) -> bool:
+    """False for a constant, also for a quantised one."""
+    if len(tensor.inputs) == 1 and tensor.inputs[0].op == "DequantizeLinear":
+        tensor = tensor.inputs[0].inputs[0]
+    return constant_value(tensor) is None
 
 
 def _weight_reader(node: gs.Node) -> gs.Node | None:
@@ -325,9 +327,9 @@ def _layer(
         bias_node, bias_index = (None, 0) if add is None else add
         if bias_node is not None and _target(bias_node.outputs[0], known) is not None:
             output = bias_node.outputs[0]
-    if bias_node is not None and len(bias_node.inputs) > bias_index and bias_node.inputs[bias_index].name:
-        if not _is_bias(bias_node.inputs[bias_index]):
-            return "its bias is computed"
+    stored = bias_node.inputs[bias_index : bias_index + 1] if bias_node is not None else []
+    if stored and stored[0].name and not _is_bias(stored[0]):
+        return "its bias is computed"
     target = _target(output, known)
     if target is None:
         return f"the float model has no tensor {output.name!r} to compare with"
@@ -338,7 +340,21 @@ def _layer(
     shared = len(weight.outputs) > 1 or len(reader.outputs[0].outputs) > 1 or id(reader.outputs[0]) in outputs
     shared = shared or id(weight) in outputs or reader.outputs[0].name in inside or weight.name in inside
     axis = 1 if node.op == "Conv" else -1
-    return Layer(graph, node, reader, output, axis, target, bias_node, bias_index, _input_scale(node), shared, outputs)
+    return Layer(
+        graph,
+        node,
+        reader,
+        output,
+        axis,
+        target,
+        bias_node,
+        bias_index,
+        _input_scale(node),
+        shared,
+        outputs,
+        None,
+        target,
+    )
 
 
 def _bias_add(node: gs.Node, outputs: frozenset[int]) -> tuple[gs.Node, int] | None:

@@ -57,6 +57,16 @@ PASSES: Mapping[str, PassEntry] = MappingProxyType(
             "InsertQdq",
             "Static INT8 quantisation by QuantizeLinear/DequantizeLinear pairs.",
         ),
+        "round_weights": PassEntry(
+            "onnxcompress.passes.round_weights",
+            "RoundWeights",
+            "Round the weights of an INT8 model anew, layer by layer, to reproduce the float model.",
+        ),
+        "correct_bias": PassEntry(
+            "onnxcompress.passes.correct_bias",
+            "CorrectBias",
+            "Shift the biases of an INT8 model to the means of the float model, layer by layer.",
+        ),
         "convert_float16": PassEntry(
             "onnxcompress.passes.convert_float16",
             "ConvertFloat16",

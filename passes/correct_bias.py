@@ -6,8 +6,9 @@ that follow. So layers are corrected in graph order, each with every earlier cor
     bias[c] += mean over samples and positions of (teacher[c] - student[c])
 
 which equals a full run of both networks per layer, at the cost of one (see :mod:`onnxcompress.layerwise`). No labels.
-A layer keeps its correction only if the error of its output on held-out samples falls, and the corrections together only
-if the error of the model's outputs falls.
+Where a layer's output only goes into an Add, the sum is what is compared: shifting the branch for itself would undo
+what it makes up for on the shortcut. A layer keeps its correction only if its error on held-out samples falls, and the
+corrections together only if the error of the model's outputs falls.
 
 Source: M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section
 4.2, with means from data; NNCF calls it bias correction.

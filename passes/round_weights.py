@@ -4,10 +4,10 @@ Rounding every weight to the nearest integer is not best for the layer: errors o
 cancel. With the residual ``D = teacher - student`` at a layer's output and the student's inputs ``X`` (patches of the
 image for a Conv), the weights ``W`` of each filter are moved by ``V`` and its bias by ``v`` so that ::
 
-    ||D - V X - v||^2 + ridge ||V||^2   becomes small, with (W + V) / scale an integer in [-127, 127]
+    ||D - V X - v||^2   becomes small, with (W + V) / scale an integer in [-127, 127]
 
-The real solution ``D X' (X X' + ridge)^-1`` is rounded column by column, each rounding error being spread over the
-columns still to come by the inverse of the Gram matrix ``X X'``, and then improved by coordinate descent. Because ``X``
+The real solution, held to the float weights by a ridge, is rounded column by column, each rounding error being spread
+over the columns still to come by the inverse of the Gram matrix ``X X'``, and then improved by coordinate descent. Because ``X``
 holds the errors that earlier layers made, the solution also mends what can be mended of these. Layers are done in graph
 order, each with every earlier one in effect; grouped and depthwise convolutions group by group. No labels; scales and
 operators stay as they are.
@@ -15,8 +15,9 @@ operators stay as they are.
 A layer keeps its new weights only if its error on held-out samples falls, and all of them together only if the error of
 the model's outputs falls.
 
-Source: E. Frantar, D. Alistarh, "Optimal Brain Compression", NeurIPS 2022, and E. Frantar et al., "GPTQ", ICLR 2023, for
-the rounding; M. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020, for the aim.
+Source: E. Frantar, D. Alistarh, "Optimal Brain Compression", NeurIPS 2022, and E. Frantar et al., "GPTQ", ICLR 2023,
+for the rounding; M. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020, for the
+aim.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ from onnxcompress.errors import ModelError
 from onnxcompress.graph import Graph, Names, attribute, constant_value, copy_graph
 from onnxcompress.layerwise import Layer, Lockstep, Mended, find_layers, mismatch, require_teacher, settle, unlike
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
+from onnxcompress.targets import get_target
 
-__all__ = ["Moments", "RoundWeights", "round_columns"]
+__all__ = ["Moments", "Patches", "RoundWeights", "integer_bounds", "round_columns"]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
 _LARGEST = 127
-#: rows (output positions) a column (weight of a filter) that are sampled for the Gram matrix
-_ROWS_PER_COLUMN = 16
-_ROWS = (4096, 32768)
+#: rows (output positions) a column (weight of a filter) that are sampled for the Gram matrix, and most rows
+_ROWS_PER_COLUMN = 128
+_ROWS = 65536
+#: products that one Gram matrix may take; at least four rows a column are used all the same
+_PRODUCTS = 2e10
 #: a Gram matrix of more columns takes too long to factorise
 _MOST_COLUMNS = 8192
 #: up to this many columns coordinate descent is tried from both ends
@@ -62,9 +66,9 @@ class RoundWeights(Pass):
     name: ClassVar[str] = "round_weights"
 
     ridge: tuple[float, ...] = Field(
-        (0.03, 0.3),
+        (1.0,),
         min_length=1,
-        description="Pull towards the weights as they are, relative to the mean input power; the best one is taken",
+        description="Pull towards the float weights, relative to the mean input power; the best is taken",
     )
     adjust_bias: bool = Field(True, description="Move the bias of each layer along with its weights")
     samples: int = Field(512, ge=1, description="Most calibration samples used; memory may allow fewer")
@@ -107,6 +111,7 @@ class RoundWeights(Pass):
             return
         names = Names(student)
         changes: list[Mended] = []
+        largest_pair = get_target(context.target).weights.largest_pair
         originals = _float_weights(context.original, candidates)
         for number, layer in enumerate(context.progress.track(candidates, "rounding weights", len(candidates))):
             patches = Patches(layer, lockstep.samples.train.samples, np.random.default_rng([context.seed, number]))
@@ -117,7 +122,7 @@ class RoundWeights(Pass):
             if reason is not None:
                 yield Refusal(layer.name, f"weights not rounded anew: {reason}")
                 continue
-            found = self._best(layer, originals[number], train, held_out)
+            found = self._best(layer, originals[number], train, held_out, largest_pair)
             if found is None:
                 continue
             integers, bias, before, after = found
@@ -128,7 +133,7 @@ class RoundWeights(Pass):
         yield from settle(graph, changes, lockstep, context, "rounded")
 
     def _best(
-        self, layer: Layer, original: Array | None, train: Moments, held_out: Moments
+        self, layer: Layer, original: Array | None, train: Moments, held_out: Moments, largest_pair: int | None
     ) -> tuple[NDArray[np.int8], Floats | None, float, float] | None:
         """Weights, bias and error before and after; None where nothing beats what is there."""
         patches = train.patches
@@ -147,7 +152,12 @@ class RoundWeights(Pass):
                 wanted = aim + np.linalg.solve(_damped(gram, ridge), rest.swapaxes(1, 2)).swapaxes(1, 2)
             elif original is None:
                 continue
-            integers = np.stack([round_columns(*each) for each in zip(wanted, rounding, start, strict=True)])
+            integers = np.stack(
+                [
+                    round_columns(*each, integer_bounds(each[2], largest_pair))
+                    for each in zip(wanted, rounding, start, strict=True)
+                ]
+            )
             change = (integers - start) * scale
             shift = train.best_shift(change) if with_bias else np.zeros(scale.shape[:2])
             after = held_out.relative(change, shift)
@@ -205,8 +215,26 @@ def _damped(gram: Floats, ridge: float) -> Floats:
 # Rounding
 
 
-def round_columns(wanted: Floats, gram: Floats, start: Floats) -> Floats:
-    """Integers ``q`` in [-127, 127] for which ``(q - wanted) gram (q - wanted)'`` is small, for each row by itself.
+def integer_bounds(start: Floats, largest_pair: int | None) -> tuple[Floats, Floats]:
+    """(smallest, largest) integer allowed at each place of ``start``, [filters, columns].
+
+    Where two products must not saturate, the integers of one sign may not sum to more than ``largest_pair``, any two of
+    a filter. The largest one may stay what it is, and the others must leave room for it.
+    """
+    if largest_pair is None:
+        return np.full(start.shape, -float(_LARGEST)), np.full(start.shape, float(_LARGEST))
+    ends = []
+    for values in (-start, start):
+        place = values.argmax(axis=1)[:, None]
+        first = np.maximum(np.take_along_axis(values, place, axis=1), largest_pair // 2)
+        limit = np.broadcast_to(np.minimum(largest_pair - first, _LARGEST), values.shape).copy()
+        np.put_along_axis(limit, place, np.minimum(first, _LARGEST), axis=1)
+        ends.append(np.maximum(limit, 0.0))
+    return -ends[0], ends[1]
+
+
+def round_columns(wanted: Floats, gram: Floats, start: Floats, bounds: tuple[Floats, Floats] | None = None) -> Floats:
+    """Integers ``q`` within ``bounds`` ([-127, 127]) for which ``(q - wanted) gram (q - wanted)'`` is small, for each row by itself.
 
     Columns are rounded in the order of falling input power, each error being made up for by the columns that follow,
     and the result is improved one integer at a time until none helps. A row for which ``start`` is better keeps it.
@@ -215,7 +243,9 @@ def round_columns(wanted: Floats, gram: Floats, start: Floats) -> Floats:
         wanted: real weights in units of the scale, [filters, columns].
         gram: positive definite, [columns, columns].
         start: integers to be beaten, [filters, columns].
+        bounds: smallest and largest integer allowed at each place.
     """
+    low, high = bounds if bounds is not None else integer_bounds(start, None)
     order = np.argsort(-np.diag(gram), kind="stable")
     sorted_gram = gram[np.ix_(order, order)]
     # Row i of the upper factor of the inverse says how the error of column i is spread over the columns after it.
@@ -228,15 +258,15 @@ def round_columns(wanted: Floats, gram: Floats, start: Floats) -> Floats:
         end = min(begin + block, columns)
         errors = np.empty((len(rest), end - begin))
         for i in range(begin, end):
-            integers[:, i] = np.clip(np.rint(rest[:, i]), -_LARGEST, _LARGEST)
+            integers[:, i] = np.clip(np.rint(rest[:, i]), low[:, order[i]], high[:, order[i]])
             error = (rest[:, i] - integers[:, i]) / spread[i, i]
             rest[:, i:end] -= error[:, None] * spread[i, i:end]
             errors[:, i - begin] = error
         rest[:, end:] -= errors @ spread[begin:end, end:]
     result = np.empty_like(integers)
     result[:, order] = integers
-    result = _descend(result, wanted, gram)
-    other = _descend(start, wanted, gram) if columns <= _FEW else start
+    result = _descend(result, wanted, gram, low, high)
+    other = _descend(start, wanted, gram, low, high) if columns <= _FEW else start
     worse = _objective(result, wanted, gram) > _objective(other, wanted, gram)
     result[worse] = other[worse]
     return result
@@ -248,7 +278,7 @@ def _objective(integers: Floats, wanted: Floats, gram: Floats) -> Floats:
     return values
 
 
-def _descend(integers: Floats, wanted: Floats, gram: Floats) -> Floats:
+def _descend(integers: Floats, wanted: Floats, gram: Floats, low: Floats, high: Floats) -> Floats:
     """Coordinate descent: each integer in turn becomes the best one for the others as they are."""
     integers = integers.copy()
     gradient = (integers - wanted) @ gram
@@ -256,7 +286,7 @@ def _descend(integers: Floats, wanted: Floats, gram: Floats) -> Floats:
     for _ in range(_SWEEPS):
         moved = False
         for i in range(len(power)):
-            best = np.clip(np.rint(integers[:, i] - gradient[:, i] / power[i]), -_LARGEST, _LARGEST)
+            best = np.clip(np.rint(integers[:, i] - gradient[:, i] / power[i]), low[:, i], high[:, i])
             step = best - integers[:, i]
             rows = np.flatnonzero(step)
             if len(rows):
@@ -287,7 +317,8 @@ class Patches:
         self.groups = int(attribute(node, "group", 1)) if self.conv else 1
         shape = layer.integers.shape
         self.columns = prod(shape[1:]) if self.conv else layer.integers.size // layer.channels
-        rows = min(max(self.columns * _ROWS_PER_COLUMN, _ROWS[0]), _ROWS[1])
+        rows = min(max(self.columns, 32) * _ROWS_PER_COLUMN, _ROWS, int(_PRODUCTS / self.columns**2))
+        rows = max(rows, 4 * self.columns)
         self._positions = -(-rows // max(samples, 1))
         self._generator = generator
 
@@ -371,9 +402,9 @@ def _pads(node: Any, spatial: tuple[int, ...], kernel: Any, strides: Any, dilati
 class Moments:
     """Sums over rows that say, for any change of the weights, what the layer's error becomes.
 
-    They are kept about the student as it is: of the residual ``D`` between what the layer should give and what it gives,
-    and of its inputs ``X``. So small errors are not found as differences of large numbers. Products of one batch are
-    float32, sums over batches float64.
+    They are kept about the student as it is: of the residual ``D`` between what the layer should give and what it
+    gives, and of its inputs ``X``. So small errors are not found as differences of large numbers. Products of one batch
+    are float32, sums over batches float64.
     """
 
     def __init__(self, patches: Patches) -> None:
