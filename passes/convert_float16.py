@@ -65,6 +65,8 @@ LARGEST = float(np.finfo(np.float16).max)
 HEADROOM = 2.0
 #: relative L2 error of a constant (of a weight's output channel) that rounding to float16 may cause; 2^-11 is usual
 ROUNDING = 2.0**-8
+#: output channels this much weaker than the strongest may lose all digits, unless an operator behind scales them up
+WEAK = 2.0**-10
 #: a mean over more elements than this stays float32
 LONGEST_MEAN = 4096
 
@@ -122,6 +124,10 @@ _PARAMETERS = {("Resize", "T2"), ("Dropout", "T1")}
 
 #: operators that read no values, so either form of a tensor will do
 _ANY_FORM = frozenset(("Shape", "Size"))
+
+_RESCALES = frozenset(
+    ("BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization", "Mul", "Div")
+)
 
 _QUANTIZERS = frozenset(
     """
@@ -339,7 +345,7 @@ class _Plan:
             value = constant_value(tensor)
             if value is None or (node.op == "Clip" and index > 0):
                 continue  # no float16 exceeds a bound that becomes infinite
-            reason = _unrepresentable(value, _channel_axis(node, index))
+            reason = _unrepresentable(value, _channel_axis(node, index), 0.0 if _is_rescaled(node) else WEAK)
             if reason is not None:
                 return f"constant {tensor.name!r} {reason}"
         return None
@@ -739,8 +745,16 @@ def _overflowing(value: NDArray[Any]) -> int:
     return int(np.count_nonzero(np.isfinite(value) & (np.abs(value) > LARGEST)))
 
 
-def _unrepresentable(value: NDArray[Any], axis: int | None) -> str | None:
-    """Why rounding ``value`` to float16 would lose more than its digits, or None."""
+def _is_rescaled(node: gs.Node) -> bool:
+    """True where an operator behind may scale single channels up again."""
+    return any(reader.op in _RESCALES for tensor in node.outputs for reader in tensor.outputs)
+
+
+def _unrepresentable(value: NDArray[Any], axis: int | None, weak: float) -> str | None:
+    """Why rounding ``value`` to float16 would lose more than its digits, or None.
+
+    Channels below ``weak`` times the norm of the strongest are judged as if they were that strong.
+    """
     beyond = _overflowing(value)
     if beyond:
         return f"holds {beyond} of {value.size} values beyond 65504"
@@ -750,7 +764,8 @@ def _unrepresentable(value: NDArray[Any], axis: int | None) -> str | None:
         rows, errors = exact.reshape(1, -1), error.reshape(1, -1)
     else:
         rows, errors = (np.moveaxis(a, axis, 0).reshape(a.shape[axis], -1) for a in (exact, error))
-    lost = np.linalg.norm(errors, axis=1) > ROUNDING * np.linalg.norm(rows, axis=1)
+    norms = np.linalg.norm(rows, axis=1)
+    lost = np.linalg.norm(errors, axis=1) > ROUNDING * np.maximum(norms, weak * norms.max(initial=0.0))
     if not lost.any():
         return None
     zeros = int(np.count_nonzero((exact != 0) & (exact.astype(np.float16) == 0)))
