@@ -134,15 +134,6 @@ def test_the_package_imports_only_its_version() -> None:
     assert edges(functions=True)["onnxcompress"] == {"onnxcompress.version"}
 
 
-def test_passes_do_not_import_each_other() -> None:
-    wrong = {
-        name: others & {other for other in MODULES if part(other) == "passes"}
-        for name, others in edges(functions=True).items()
-        if name.startswith("onnxcompress.passes.")
-    }
-    assert not {name: others for name, others in wrong.items() if others}
-
-
 def test_passes_are_imported_by_their_installed_name() -> None:
     trees = {**MODULES, **{file.name: ast.parse(file.read_text(encoding="utf-8")) for file in TESTS.rglob("*.py")}}
     wrong = [
