@@ -18,7 +18,7 @@ from typing import Any
 import onnx
 
 from onnxcompress.graph import Graph, constant_value
-from onnxcompress.placement import Placement, why
+from onnxcompress.placement import ALREADY, Placement, why
 from onnxcompress.session import Session
 from onnxcompress.targets import Role, Target
 
@@ -190,6 +190,8 @@ def _mismatches(graph: onnx.GraphProto, target: Target, types: dict[str, int], p
         # A node that is gone was fused into a neighbour or did nothing; one of the wrong domain would keep its name.
         if node is None or unit.rule is None or _is_integer(node, target, types) == unit.integer:
             continue
+        if unit.reason == ALREADY:
+            continue  # it became what the file asked for
         if unit.integer:
             found.append(Mismatch(unit.node.name, unit.rule.integer_ops[0], node.op_type))
         elif node.op_type.startswith("Q"):

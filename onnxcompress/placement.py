@@ -26,7 +26,7 @@ from onnxcompress.quantization import Range
 from onnxcompress.shapes import TensorType, infer_shapes, node_macs
 from onnxcompress.targets import OperatorRule, Role, Target
 
-__all__ = ["Placement", "Unit", "activation_bounds", "explain", "place", "why"]
+__all__ = ["ALREADY", "Placement", "Unit", "activation_bounds", "explain", "place", "why"]
 
 # Nanoseconds on one thread of an AVX512-VNNI server core; only their proportions matter.
 _QUANTIZE_NS = 0.25  # per element
@@ -37,7 +37,7 @@ _GROUPED_MAC_NS = 0.06  # grouped convolutions do less arithmetic per byte, so t
 _UNKNOWN_SIZE = 1000
 _FOREVER = 1 << 60  # a capacity that no cut pays
 
-_ALREADY = "it is quantised in the file already"
+ALREADY = "it is quantised in the file already"
 _NESTED = "it is inside a nested graph, and nested graphs stay as they are"
 _NO_GAIN = "converting its inputs and outputs would cost more time than it saves, for its neighbours are float"
 
@@ -166,6 +166,7 @@ def place(
     for name in _names_read_inside(graph):
         placement.consumers.setdefault(name, []).append(_float_reader(gs.Node("Nested")))
     _cut(placement, macs, {t.name for t in graph.inputs})
+    _drop_regions_without_weights(placement)
     _share_parameters(placement, graph)
     return placement
 
@@ -255,7 +256,7 @@ def _float_reason(
 ) -> str | None:
     """Why ``node`` can never be integer, or None."""
     if node.op in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"):
-        return _ALREADY
+        return ALREADY
     if rule is None:
         if normal_domain(node) != "":
             return f"it is an operator of domain {node.domain!r}, which is not known"
@@ -264,7 +265,7 @@ def _float_reason(
     if reason is not None:
         return reason
     if _touches_quantizers(node):
-        return _ALREADY
+        return ALREADY
     for tensor in (*inputs, *outputs):
         known = types.get(tensor.name)
         dtype = tensor.dtype if isinstance(tensor, gs.Constant) else known.dtype if known is not None else None
@@ -272,8 +273,12 @@ def _float_reason(
             return f"it computes in {np.dtype(dtype).name if not isinstance(dtype, int) else dtype}, not in float32"
         if dtype is None and rule.weight is None:
             return f"the type of tensor {tensor.name!r} is not known"
-    if inputs and all(constant_value(t) is not None for t in inputs):
-        return "its inputs are constant; fold_constants removes it"
+    if inputs and all(_is_constant(t) for t in inputs):
+        if all(_is_constant(t) for t in node.inputs if t.name):
+            return "its inputs are constant; fold_constants removes it"
+        return "the values that it moves are constant" + (
+            "; quantize_embeddings stores large tables in int8" if node.op == "Gather" else ""
+        )
     if opset < rule.since:
         return f"the 8-bit form of {node.op} needs opset {rule.since}, and the model has {opset}"
     if rule.role is Role.ACTIVATION and activation_bounds(node) is None:
@@ -281,6 +286,10 @@ def _float_reason(
     if rule.role is Role.ACTIVATION and opset < 12:
         return f"a Clip of integers needs opset 12, and the model has {opset}"
     return rule.refuse(node, types, opset)
+
+
+def _is_constant(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) or constant_value(tensor) is not None
 
 
 def _touches_quantizers(node: gs.Node) -> bool:
@@ -387,6 +396,33 @@ def _cut(placement: Placement, macs: Mapping[str, int], inputs: set[str]) -> Non
     integer = cut.source_side()
     for unit in placement.units:
         unit.integer = unit.reason is None and vertex[id(unit)] in integer
+
+
+def _drop_regions_without_weights(placement: Placement) -> None:
+    """Turn back to float what is integer without a convolution or matrix product among it.
+
+    Element-wise integers save little, and every one of them rounds.
+    """
+    parent = {id(unit): id(unit) for unit in placement.integer_units}
+
+    def find(key: int) -> int:
+        while parent[key] != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    for unit in placement.integer_units:
+        for tensor in unit.outputs:
+            for reader in placement.consumers.get(tensor.name, []):
+                if reader.integer:
+                    parent[find(id(reader))] = find(id(unit))
+    worth = {
+        find(id(unit)) for unit in placement.integer_units if unit.rule is not None and unit.rule.role is Role.COMPUTE
+    }
+    for unit in placement.integer_units:
+        if find(id(unit)) not in worth:
+            unit.integer = False
+            unit.reason = "no convolution or matrix product is integer next to it"
 
 
 def _gain(unit: Unit, placement: Placement, macs: Mapping[str, int]) -> float:
