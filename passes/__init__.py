@@ -52,6 +52,11 @@ PASSES: Mapping[str, PassEntry] = MappingProxyType(
             "EqualizeLayers",
             "Scale channels between layers so that they quantise better; the network stays the same.",
         ),
+        "quantize_embeddings": PassEntry(
+            "onnxcompress.passes.quantize_embeddings",
+            "QuantizeEmbeddings",
+            "Store embedding tables as int8 with one scale per row.",
+        ),
         "insert_qdq": PassEntry(
             "onnxcompress.passes.insert_qdq",
             "InsertQdq",
