@@ -195,7 +195,7 @@ class Layer:
         if stored is None:
             while len(node.inputs) < index:
                 node.inputs.append(gs.Variable.empty())
-            made = gs.Constant(names.free(f"{self.node.name}_bias"), _read_only(value))
+            made = self._new_bias(value, names)
             if len(node.inputs) > index:
                 node.inputs[index] = made
             else:
@@ -208,12 +208,29 @@ class Layer:
         node.inputs[index] = gs.Constant(self._name_for(stored, names), _read_only(value))
         return self.bias()
 
+    def _new_bias(self, value: NDArray[np.float32], names: Names) -> gs.Tensor:
+        """A bias for a layer that has none: float for Conv, and for Gemm the int32 that its integer kernel asks for."""
+        label = f"{self.node.name}_bias"
+        if self.node.op == "Conv" or self.input_scale is None:
+            return gs.Constant(names.free(label), _read_only(value))
+        scale = constant_value(self.reader.inputs[1])
+        assert scale is not None
+        unit = (np.float32(self.input_scale) * scale).astype(np.float32)
+        inputs = [
+            gs.Constant(names.free(f"{label}_quantized"), _in_units(value.astype(np.float64), unit)),
+            gs.Constant(names.free(f"{label}_scale"), _read_only(unit)),
+        ]
+        made = gs.Variable(names.free(f"{label}_dequantized"), np.dtype(np.float32), list(value.shape))
+        attrs = {"axis": 0} if unit.ndim else {}
+        self.graph.nodes.append(gs.Node("DequantizeLinear", names.free(f"{made.name}_node"), attrs, inputs, [made]))
+        return made
+
     def _set_integer_bias(self, bias: NDArray[np.float64], stored: gs.Tensor, names: Names) -> NDArray[np.float64]:
         assert self.bias_node is not None
         reader = stored.inputs[0]
         scale = constant_value(reader.inputs[1])
         assert scale is not None
-        integers = _read_only(np.rint(bias / scale.astype(np.float64)).astype(np.int32))
+        integers = _in_units(bias, scale)
         label = self._name_for(reader.inputs[0], names)
         if len(stored.outputs) == 1 and id(stored) not in self.outputs:
             reader.inputs[0] = gs.Constant(label, integers)
@@ -418,6 +435,13 @@ def _names_read_inside(graph: Graph) -> set[str]:
         for inner in walk_nodes(part)
         for t in inner.inputs
     } | {t.name for node in graph.nodes for part in nested_graphs(node) for p in walk_graphs(part) for t in p.outputs}
+
+
+def _in_units(bias: NDArray[np.float64], scale: NDArray[np.float32]) -> NDArray[np.int32]:
+    integers: NDArray[np.int32] = np.clip(np.rint(bias / scale.astype(np.float64)), -MAX_BIAS, MAX_BIAS).astype(
+        np.int32
+    )
+    return _read_only(integers)
 
 
 def _read_only(array: Array) -> Array:
@@ -637,7 +661,9 @@ class Advance:
         )
         piece.__dict__["onnxcompress_info"] = ModelInfo(initializer_order=model_info(whole).initializer_order)
         sort_nodes(piece)
-        return Session(piece, optimization=self._optimization, threads=self._threads)
+        # Between short runs spinning threads would only take the processor away from the matrices of the passes.
+        config = {"session.intra_op.allow_spinning": "0"}
+        return Session(piece, optimization=self._optimization, threads=self._threads, config=config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ image for a Conv), the weights ``W`` of each filter are moved by ``V`` and its b
     ||D - V X - v||^2   becomes small, with (W + V) / scale an integer in [-127, 127]
 
 The real solution, held to the float weights by a ridge, is rounded column by column, each rounding error being spread
-over the columns still to come by the inverse of the Gram matrix ``X X'``, and then improved by coordinate descent. Because ``X``
-holds the errors that earlier layers made, the solution also mends what can be mended of these. Layers are done in graph
-order, each with every earlier one in effect; grouped and depthwise convolutions group by group. No labels; scales and
-operators stay as they are.
+over the columns still to come by the inverse of the Gram matrix ``X X'``, and then improved by coordinate descent.
+Because ``X`` holds the errors that earlier layers made, the solution also mends what can be mended of these. Where
+the output only goes into an Add, the sum is what is reproduced. Layers are done in graph order, each with every
+earlier one in effect; grouped and depthwise convolutions group by group. No labels; scales and operators stay as they
+are.
 
 A layer keeps its new weights only if its error on held-out samples falls, and all of them together only if the error of
 the model's outputs falls.
@@ -234,7 +235,7 @@ def integer_bounds(start: Floats, largest_pair: int | None) -> tuple[Floats, Flo
 
 
 def round_columns(wanted: Floats, gram: Floats, start: Floats, bounds: tuple[Floats, Floats] | None = None) -> Floats:
-    """Integers ``q`` within ``bounds`` ([-127, 127]) for which ``(q - wanted) gram (q - wanted)'`` is small, for each row by itself.
+    """Integers ``q`` within ``bounds`` for which ``(q - wanted) gram (q - wanted)'`` is small, for each row by itself.
 
     Columns are rounded in the order of falling input power, each error being made up for by the columns that follow,
     and the result is improved one integer at a time until none helps. A row for which ``start`` is better keeps it.
@@ -243,7 +244,7 @@ def round_columns(wanted: Floats, gram: Floats, start: Floats, bounds: tuple[Flo
         wanted: real weights in units of the scale, [filters, columns].
         gram: positive definite, [columns, columns].
         start: integers to be beaten, [filters, columns].
-        bounds: smallest and largest integer allowed at each place.
+        bounds: smallest and largest integer allowed at each place; -127 and 127 by default.
     """
     low, high = bounds if bounds is not None else integer_bounds(start, None)
     order = np.argsort(-np.diag(gram), kind="stable")
