@@ -202,9 +202,10 @@ def save_samples(path: Path, arrays: Mapping[str, NDArray[Any]]) -> Path:
 # -- tables ---------------------------------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with its columns aligned, so that it reads well in a terminal too."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, aligned: bool = True) -> str:
+    """A Markdown table; ``aligned`` fills its cells up, so that it reads well in a terminal too."""
     lines = [tuple(head), *(tuple(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    padded = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
-    return "\n".join([padded[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *padded[1:]])
+    widths = [max(len(line[column]) for line in lines) if aligned else 0 for column in range(len(head))]
+    cells = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    rule = "|" + "|".join("-" * max(3, width + 2) for width in widths) + "|"
+    return "\n".join([cells[0], rule, *cells[1:]])

@@ -391,7 +391,7 @@ def markdown(facts: Mapping[str, Any]) -> str:
     commit = f" at {facts['revision']}" if facts["revision"] else ""
     head = (
         f"Measured {environment['date'][:10]}{commit} by `python benchmarks/main_job.py` on {machine} ({flags}), "
-        f"Python {environment['python']}, {versions}. Times are ratios within one run."
+        f"Python {environment['python']}, {versions}. Times are ratios within one run{_others(facts)}."
     )
     parts = [head]
     details = facts["details"].get("int8", {})
@@ -403,15 +403,24 @@ def markdown(facts: Mapping[str, Any]) -> str:
                 ("case", "metric fp32", "ORT / ours", "SQNR, dB", "agreement", "time ORT / ours", "time fp32 / ours",
                  "size / fp32"),
                 [int8_cells(name, found) for name, found in details.items()],
+                aligned=False,
             ),
         ]  # fmt: skip
     rest = [(r.case, r.measure, r.text, r.target, r.verdict) for r in rows if r.part != "int8" and r.measure]
     if rest:
-        parts.append(table(("case", "measure", "value", "target", ""), rest))
+        parts.append(table(("case", "measure", "value", "target", ""), rest, aligned=False))
     missed = [f"{r.case}, {r.measure}" for r in rows if r.passed is False]
     judged = sum(r.passed is not None for r in rows)
     parts.append(f"{judged - len(missed)} of {judged} targets met" + "".join(f"; missed: {m}" for m in missed) + ".")
     return "\n\n".join(parts)
+
+
+def _others(facts: Mapping[str, Any]) -> str:
+    """What to say about a machine that others used meanwhile."""
+    busiest = max((load or 0.0 for load in facts["load_1min"].values()), default=0.0)
+    if busiest <= 2 * (facts["environment"]["usable_cores"] or 1):
+        return ""
+    return f"; others used the machine meanwhile (load average up to {busiest:.0f})"
 
 
 def int8_cells(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -440,10 +449,11 @@ def parse_parts(text: str) -> tuple[str, ...]:
 
 
 def merged(facts: dict[str, Any], path: Path) -> dict[str, Any]:
-    """``facts`` with the parts that were not run taken from an earlier run on the same machine and versions."""
+    """``facts`` with the parts that were not run taken from an earlier run on the same machine and commit."""
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    if any(earlier["environment"][key] != facts["environment"][key] for key in ("cpu", "versions", "python")):
-        raise SystemExit(f"{path} was measured on another machine or with other versions; run all parts again")
+    same = all(earlier["environment"][key] == facts["environment"][key] for key in ("cpu", "versions", "python"))
+    if not same or earlier["revision"] != facts["revision"] or earlier["quick"] != facts["quick"]:
+        raise SystemExit(f"{path} is of another machine, version, commit or kind of run; run all parts again")
     ran = {row["part"] for row in facts["rows"]}
     rows = [row for row in earlier["rows"] if row["part"] not in ran] + facts["rows"]
     rows.sort(key=lambda row: PARTS.index(row["part"]))
