@@ -23,7 +23,7 @@ channel.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -31,7 +31,14 @@ from numpy.typing import NDArray
 
 from onnxcompress.graph import Graph, Names, attribute, constant_value, remove_node
 from onnxcompress.placement import Placement, Unit, activation_bounds
-from onnxcompress.quantization import QParams, Range, activation_qparams, quantize, weight_qparams
+from onnxcompress.quantization import (
+    QParams,
+    Range,
+    activation_qparams,
+    quantize,
+    quantize_weight,
+    weight_qparams,
+)
 from onnxcompress.targets import Role
 
 __all__ = ["class_qparams", "insert_quantizers"]
@@ -69,20 +76,26 @@ def _inside(params: QParams, bounds: Range) -> QParams:
     return QParams(np.array(scale, np.float32), params.zero_point)
 
 
-def insert_quantizers(graph: Graph, placement: Placement, ranges: Mapping[str, Range]) -> Iterator[tuple[gs.Node, str]]:
+def insert_quantizers(
+    graph: Graph, placement: Placement, ranges: Mapping[str, Range], *, weight_range: Literal["max", "mse"] = "max"
+) -> Iterator[tuple[gs.Node, str]]:
     """Rewrite ``graph``, on which ``placement`` was made, in place; yields (node, what became of it).
 
     Args:
         graph: the float graph.
         placement: from :func:`onnxcompress.placement.place` on this very graph.
         ranges: observed ranges of every tensor in ``placement.sources``.
+        weight_range: see :func:`onnxcompress.quantization.weight_qparams`.
     """
-    yield from _Writer(graph, placement, ranges).run()
+    yield from _Writer(graph, placement, ranges, weight_range).run()
 
 
 class _Writer:
-    def __init__(self, graph: Graph, placement: Placement, ranges: Mapping[str, Range]) -> None:
+    def __init__(
+        self, graph: Graph, placement: Placement, ranges: Mapping[str, Range], weight_range: Literal["max", "mse"]
+    ) -> None:
         self.graph = graph
+        self.weight_range = weight_range
         self.placement = placement
         self.params = class_qparams(placement, ranges)
         self.names = Names(graph)
@@ -237,10 +250,19 @@ class _Writer:
             weight = weight * np.float32(attribute(node, "alpha", 1.0))
             node.attrs = {k: v for k, v in node.attrs.items() if k not in ("alpha", "beta")}
         input_scale = float(self.params[self.placement.classes[unit.inputs[0].name]].scale)
-        params = weight_qparams(weight, self.placement.target.weights, axis, bias=bias, input_scale=input_scale)
+        params = weight_qparams(
+            weight,
+            self.placement.target.weights,
+            axis,
+            bias=bias,
+            input_scale=input_scale,
+            method=self.weight_range,
+        )
         # The integer Gemm and MatMul are matched only with explicit zero points; Conv saves their bytes.
         explicit = node.op != "Conv"
-        node.inputs[index] = self._constant(tensor, quantize(weight, params), params, explicit=explicit)
+        integers = quantize_weight(weight, params, self.placement.target.weights)
+        integers = np.clip(integers, *self.placement.target.weights.limits)  # ranges by mean squared error cut some off
+        node.inputs[index] = self._constant(tensor, integers, params, explicit=explicit)
         writes_float = unit.keeps_float and self._stays_float(unit)
         if bias is not None and rule.bias is not None:
             stored = node.inputs[rule.bias]

@@ -21,6 +21,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "quantize",
+    "quantize_weight",
     "weight_qparams",
 ]
 
@@ -114,8 +115,12 @@ def weight_qparams(
     *,
     bias: NDArray[Any] | None = None,
     input_scale: float = 1.0,
+    method: Literal["max", "mse"] = "max",
 ) -> QParams:
     """Symmetric parameters for a weight, one scale per position along ``axis`` (None: one for all).
+
+    ``method`` says what the largest integer stands for: the largest magnitude (``max``), or the share of it that leaves
+    the smallest mean squared error (``mse``), found among 41 from 0.6 to 1.
 
     A channel of near-zero weights would get a scale so small that its bias, stored in units of ``input_scale * scale``,
     overflows int32: the scale is bounded from below so that ``|bias| / (input_scale * scale) <= MAX_BIAS``.
@@ -128,6 +133,8 @@ def weight_qparams(
         axis = axis % weight.ndim
         bound = magnitude.max(axis=tuple(i for i in range(weight.ndim) if i != axis), initial=0.0)
     scale = bound / largest
+    if method == "mse":
+        scale *= _best_shares(np.asarray(weight, np.float64), scale, largest, axis)
     if bias is not None and input_scale > 0:
         needed = np.abs(np.asarray(bias, np.float64)) / (input_scale * MAX_BIAS)
         scale = np.maximum(scale, needed.reshape(scale.shape) if axis is not None else needed.max(initial=0.0))
@@ -141,10 +148,11 @@ def weight_qparams(
 def bounded_pairs(
     weight: NDArray[Any], scale: NDArray[np.float32], axis: int | None, largest_pair: int
 ) -> NDArray[np.float32]:
-    """The smallest scales from ``scale`` up with which no two integers of one sign sum to more than ``largest_pair``.
+    """Scales from ``scale`` up with which no two integers of one sign sum to more than ``largest_pair``.
 
     Only the two largest weights of each sign in a channel matter, since rounding keeps the order. For every split k of
-    the bound, a scale of at least ``first / (k + 0.5)`` and ``second / (largest_pair - k + 0.5)`` keeps to it.
+    the bound, a scale of at least ``first / (k + 0.5)`` and ``second / (largest_pair - k + 0.5)`` keeps to it. From the
+    smallest to 12 % above it, the scale with the least squared rounding error is taken.
     """
     values = np.asarray(weight, np.float32)
     rows = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
@@ -162,7 +170,45 @@ def bounded_pairs(
         # Ties and the rounding of the scale itself are settled with the arithmetic of QuantizeLinear.
         while (broken := np.rint(two / found[:, None]).sum(axis=1) > largest_pair).any():
             found[broken] = np.nextafter(found[broken], np.float32(np.inf))
+    least, error = found.copy(), _squared_errors(rows, found)
+    for step in range(1, 25):  # the smallest scale rounds the largest weights worst, by half a step towards zero
+        tried = (least * np.float32(1 + step / 200)).astype(np.float32)
+        now = _squared_errors(rows, tried)
+        fits = [np.rint(np.partition(signed, -2, axis=1)[:, -2:] / tried[:, None]) for signed in (rows, -rows)]
+        better = (least > flat) & (now < error)
+        for two in fits:
+            better &= np.maximum(two, 0).sum(axis=1) <= largest_pair
+        found[better], error[better] = tried[better], now[better]
     return found.reshape(scale.shape)
+
+
+def _squared_errors(rows: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[np.float64]:
+    """What rounding to multiples of each row's scale costs the row."""
+    exact = rows / scale[:, None]
+    total: NDArray[np.float64] = np.square((np.rint(exact) - exact) * scale[:, None]).sum(axis=1, dtype=np.float64)
+    return total
+
+
+def _best_shares(
+    weight: NDArray[np.float64], scale: NDArray[np.float64], largest: int, axis: int | None
+) -> NDArray[np.float64]:
+    """What to multiply each scale with for the smallest squared error; ties go to the larger."""
+    axes = tuple(i for i in range(weight.ndim) if i != axis)
+    along = (lambda values: values) if axis is None else (lambda values: np.expand_dims(values, axes))
+    positive = np.where(scale > 0, scale, 1.0)
+    shares = np.ones(scale.shape)
+    least = np.full(scale.shape, np.inf)
+    for share in np.linspace(1, 0.6, 41).tolist():
+        step = along(positive * share)
+        integers = np.rint(weight / step)
+        np.clip(integers, -largest, largest, out=integers)
+        integers *= step
+        integers -= weight
+        integers *= integers
+        errors = integers.sum(axis=axes) if axis is not None else np.asarray(integers.sum())
+        better = errors < least
+        shares, least = np.where(better, share, shares), np.where(better, errors, least)
+    return shares
 
 
 def quantize(values: NDArray[Any], params: QParams) -> NDArray[Any]:
@@ -173,6 +219,63 @@ def quantize(values: NDArray[Any], params: QParams) -> NDArray[Any]:
     scaled = np.rint(np.asarray(values).astype(np.float32) / scale)
     integers: NDArray[Any] = np.clip(scaled.astype(np.float64) + zero_point, info.min, info.max)
     return np.asarray(integers).astype(params.zero_point.dtype)
+
+
+def quantize_weight(weight: NDArray[Any], params: QParams, scheme: QuantScheme) -> NDArray[Any]:
+    """Integers of ``weight`` under ``params``, which :func:`weight_qparams` found for ``scheme``.
+
+    Rounded to nearest, as :func:`quantize` does. Where ``scheme.largest_pair`` costs some weights a bit, rounding is
+    chosen so that errors cancel: single weights go to their other neighbour until the errors of each spatial kernel,
+    and then those of each output channel, sum to half a step at most. Neighbouring pixels, and channels behind a Relu,
+    move together, so what is left of the error is mostly what cancels. The bound on pairs is kept.
+
+    Source: C. Guo et al., "SQuant: On-the-Fly Data-Free Quantization via Diagonal Hessian Approximation", ICLR 2022.
+    """
+    nearest = quantize(weight, params)
+    bound = scheme.largest_pair
+    if bound is None or params.axis is None or weight.ndim < 2:
+        return nearest
+    ordered = np.moveaxis(nearest, params.axis, 0)
+    if ordered[0].size < 2:
+        return nearest
+    scale = params._along(params.scale, weight.ndim).astype(np.float64)
+    errors = np.moveaxis(nearest - np.asarray(weight, np.float64) / scale, params.axis, 0)
+    kernels = (ordered.shape[0], ordered.shape[1], -1)  # output channel, input channel, position
+    integers = ordered.astype(np.int64).reshape(kernels)
+    errors = errors.reshape(kernels)
+
+    def flip(surplus: NDArray[Any], gain: NDArray[Any], axis: int) -> NDArray[Any]:
+        """Of each row along ``axis`` as many as ``surplus`` says, those of the largest gain first."""
+        order = np.argsort(-gain, axis=axis, kind="stable")
+        rank = np.argsort(order, axis=axis, kind="stable")
+        chosen: NDArray[Any] = (rank < np.abs(surplus)) & (gain > 0)
+        return chosen
+
+    def grows(sign: int) -> NDArray[Any]:
+        """Where one more step in the direction of ``sign`` keeps to the bound, whichever of them are taken."""
+        sizes = integers * sign
+        two = np.partition(sizes.reshape(len(sizes), -1), -2, axis=1)[:, -2:]
+        second, first = (two[:, k].reshape(-1, 1, 1) for k in (0, 1))
+        caps = np.where(sizes == first, bound - second - 1, np.maximum(second, bound - first - 1))
+        kept: NDArray[Any] = (sizes < 0) | (sizes + 1 <= np.minimum(caps, scheme.limits[1]))
+        return kept
+
+    def allowed(step: NDArray[Any]) -> NDArray[Any]:
+        """Where ``integers - step`` keeps to the bound."""
+        return np.where(step > 0, grows(-1), grows(1))
+
+    surplus = np.rint(errors.sum(axis=2, keepdims=True))
+    step = np.sign(surplus).astype(np.int64)
+    flipped = flip(surplus, np.where(allowed(step), errors * step, -1.0), 2)
+    integers, errors = integers - flipped * step, errors - flipped * step
+    surplus = np.rint(errors.sum(axis=(1, 2), keepdims=True))
+    step = np.sign(surplus).astype(np.int64)
+    gain = np.where(allowed(step) & ~flipped, errors * step, -1.0)
+    best = gain == gain.max(axis=2, keepdims=True)
+    best &= np.cumsum(best, axis=2) == 1  # one of each kernel
+    again = best & flip(surplus, np.where(best, gain, -1.0).max(axis=2, keepdims=True), 1)
+    integers = integers - again * step
+    return np.ascontiguousarray(np.moveaxis(integers.reshape(ordered.shape), 0, params.axis)).astype(nearest.dtype)
 
 
 def dequantize(integers: NDArray[Any], params: QParams) -> NDArray[np.float32]:
