@@ -638,6 +638,10 @@ def demo(terminal: Terminal, /, output: str | None, **options: Any) -> None:
     if output == "":
         raise UsageError("no folder was given; name one with -o, or leave -o out")
     calibration, evaluation = demo_calibration(), demo_evaluation()
+    terminal.note(
+        f"a residual network for handwritten digits (UCI), calibrated on {len(calibration['input'])} images without "
+        f"labels, judged by {len(evaluation['input'])} others; it takes some 15 seconds"
+    )
     with tempfile.TemporaryDirectory(prefix="onnxcompress-demo-") as temporary:
         folder = Path(output if output is not None else temporary)
         if output is not None:
@@ -653,7 +657,7 @@ def demo(terminal: Terminal, /, output: str | None, **options: Any) -> None:
         )
         _finish(terminal, result, None)
     if output is None:
-        terminal.note("the demo's files were temporary; keep them with: onnxcompress demo -o FOLDER")
+        terminal.note("that file was temporary and is gone; keep it with: onnxcompress demo -o FOLDER")
 
 
 def _keep_demo(folder: Path, model: Path, data: Mapping[str, Mapping[str, Any]]) -> None:

@@ -44,13 +44,14 @@ def load_function(reference: str) -> UserFunction:
     # A name of its own, so that the user's `data.py` cannot shadow, nor be shadowed by, another module.
     module_name = "_onnxcompress_user_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     module_spec = importlib.util.spec_from_file_location(module_name, path)
-    if module_spec is None or module_spec.loader is None:
+    if module_spec is None:
         raise UsageError(f"{match['file']}: cannot be imported; expected a Python file")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses and pickle look modules up by name
     try:
         with user_errors(path), _importable(path.parent), redirect_stdout(sys.stderr):
-            module_spec.loader.exec_module(module)
+            # Compiled here, not by the loader: no cache is left beside the user's file, and none that is stale is run.
+            exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except BaseException:
         sys.modules.pop(module_name, None)
         raise
