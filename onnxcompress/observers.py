@@ -40,6 +40,8 @@ Floats = NDArray[np.float64]
 UINT8 = QuantScheme("uint8", symmetric=False)
 #: values cut off by the percentile observer: 0.005 % on each side
 DEFAULT_PERCENTILE = 99.99
+#: how much more clipping counts than rounding for the observer weighted_mse
+CLIPPING_WEIGHT = 4.0
 #: bins between zero and the power of two above the largest magnitude; at least half of them are in use on that side
 _HALF = 4096
 #: values binned at a time, so that the steps work in the processor's cache
@@ -292,18 +294,30 @@ class MseObserver(_SearchingObserver):
 
     Rounding, clipping and the zero point are those of the scheme. Within a bin the values are taken as uniform, which
     adds the same to the loss of every range; zeros cost nothing.
+
+    Args:
+        scheme: what the values become.
+        clipping: how much more an error by clipping counts than one by rounding. Rounding errors are independent of
+            each other and average out in the layers that follow; those of clipping all point the same way and add up.
     """
 
+    def __init__(self, scheme: QuantScheme = UINT8, clipping: float = 1.0) -> None:
+        super().__init__(scheme)
+        self.clipping = clipping
+
     def losses(self, low: Floats, high: Floats) -> Floats:
-        """The sum of squared errors over all values, seen at the middle of their bins."""
+        """The weighted sum of squared errors over all values, seen at the middle of their bins."""
         counts, edges = self.histogram.occupied()
         centres = edges + self.histogram.width / 2
         found = np.empty(low.shape)
         for i, (a, b) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
-            _, restored = self.levels(a, b, centres)
-            restored -= centres
-            restored *= restored
-            found[i] = restored @ counts
+            _, errors = self.levels(a, b, centres)
+            errors -= centres
+            errors *= errors
+            errors *= counts
+            first, end = np.searchsorted(centres, (a, b)).tolist()
+            clipped = float(errors[:first].sum() + errors[end:].sum())
+            found[i] = float(errors.sum()) + (self.clipping - 1) * clipped
         return found
 
 
@@ -348,6 +362,7 @@ OBSERVERS: dict[str, Callable[[QuantScheme], Observer]] = {
     "percentile": PercentileObserver,
     "entropy": EntropyObserver,
     "mse": MseObserver,
+    "weighted_mse": lambda scheme: MseObserver(scheme, CLIPPING_WEIGHT),
 }
 
 

@@ -15,23 +15,28 @@ for Efficient Integer-Arithmetic-Only Inference", CVPR 2018.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat, field_validator
 
 from onnxcompress.audit import FusionAudit, audit
 from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, Refusal
-from onnxcompress.calibration import calibrate
+from onnxcompress.calibration import calibrate, observe, range_of
+from onnxcompress.calibration_cache import CalibrationKey, graph_sha256, read_ranges, write_ranges
 from onnxcompress.canonical import to_canonical_form
+from onnxcompress.destination import checked_destination
 from onnxcompress.environment import cpu_flags, has_int8_dot_product
-from onnxcompress.errors import DataError
+from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, copy_graph, replace_contents, sort_nodes
+from onnxcompress.observers import CLIPPING_WEIGHT, MseObserver
 from onnxcompress.opset import raise_opset
 from onnxcompress.placement import Placement, place, why
 from onnxcompress.qdq import insert_quantizers
 from onnxcompress.quantization import Range
-from onnxcompress.shapes import infer_shapes
+from onnxcompress.range_search import RangeSearch, default_evaluations, ladder, search_ranges
+from onnxcompress.shapes import TensorType, infer_shapes, node_macs
 from onnxcompress.targets import Target, get_target
 
 __all__ = ["InsertQdq"]
@@ -44,15 +49,35 @@ class InsertQdq(Pass):
 
     name: ClassVar[str] = "insert_qdq"
 
-    observer: Literal["min_max", "percentile", "entropy", "mse"] = Field(
-        "min_max", description="How ranges are found from calibration data"
+    observer: Literal["min_max", "percentile", "entropy", "mse", "weighted_mse", "auto"] = Field(
+        "min_max", description="How ranges are found from calibration data; auto judges them by the model's outputs"
     )
     percentile: float = Field(
         99.99, ge=50, le=100, description="Percent of the values that observer percentile keeps, cut on both sides"
     )
+    ranges: dict[str, tuple[FiniteFloat, FiniteFloat]] = Field(
+        {}, description="Ranges [low, high] by tensor that are taken as they are, instead of observed ones"
+    )
+    search_evaluations: int | None = Field(
+        None, ge=2, description="Candidates that observer auto runs at most; default: by the size of the model"
+    )
+    calibration_cache: Path | None = Field(
+        None, description="JSON file that keeps the ranges for the next run on the same model and data"
+    )
+    weight_range: Literal["max", "mse"] = Field(
+        "max", description="Weights keep their largest value (max) or the smallest mean squared error (mse)"
+    )
     exclude_nodes: tuple[str, ...] = Field((), description="Node names that stay float; * and ? match as in a shell")
     exclude_operators: tuple[str, ...] = Field((), description="Operator types that stay float, such as Gemm")
     audit: bool = Field(True, description="Check on the optimised graph what became integer, and strip what did not")
+
+    @field_validator("ranges")
+    @classmethod
+    def _ordered(cls, ranges: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        for name, (low, high) in ranges.items():
+            if low > high:
+                raise ValueError(f"the range of {name!r} ends at {high}, below its start {low}")
+        return ranges
 
     @property
     def guarantee(self) -> Guarantee:
@@ -69,6 +94,8 @@ class InsertQdq(Pass):
         get_target(context.target)
         if context.data is None:
             raise DataError("insert_qdq needs calibration data; give some samples with --data")
+        if self.calibration_cache is not None:
+            checked_destination(self.calibration_cache, {})
 
     def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
         """Place, calibrate, write, audit; strip what the runtime did not make integer, and audit once more."""
@@ -83,8 +110,8 @@ class InsertQdq(Pass):
 
         prepared = copy_graph(graph)
         placement = self._place(prepared, target, ())
-        ranges = self._ranges(prepared, placement, context)
-        changes = _write(prepared, placement, ranges)
+        ranges = yield from self._ranges(prepared, placement, target, context)
+        changes = _write(prepared, placement, ranges, self.weight_range)
         stripped: dict[str, str] = {}
         if self.audit and target.audited:
             proof = audit(prepared, target, placement)
@@ -92,9 +119,9 @@ class InsertQdq(Pass):
                 stripped = {m.node: m.found for m in proof.mismatches}
                 prepared = copy_graph(graph)
                 placement = self._place(prepared, target, tuple(stripped))
-                missing = [s for sources in placement.sources.values() for s in sources if s not in ranges]
+                missing = [s for s in _sources(placement) if s not in ranges]
                 ranges |= self._calibrate(copy_graph(graph), placement, missing, context)
-                changes = _write(prepared, placement, ranges)
+                changes = _write(prepared, placement, ranges, self.weight_range)
                 proof = audit(prepared, target, placement)
             yield Detail("audit", proof.to_dict())
             _warn_about(proof, context)
@@ -107,20 +134,77 @@ class InsertQdq(Pass):
                 found = stripped.get(unit.node.name)
                 reason = why(unit) if found is None else f"the runtime did not make it integer (it became {found})"
                 yield Refusal(unit.node.name, f"{unit.node.op} stays float: {reason}")
+        if self.observer == "auto" and _sources(placement):
+            # A replay takes what was found, and searches nothing.
+            yield Decision("ranges", {name: [ranges[name].low, ranges[name].high] for name in _sources(placement)})
         if stripped:
             yield Decision("exclude_nodes", [*self.exclude_nodes, *stripped])
 
-    def _place(self, graph: Graph, target: Target, stripped: tuple[str, ...]) -> Placement:
+    def _place(
+        self, graph: Graph, target: Target, stripped: tuple[str, ...], types: Mapping[str, TensorType] | None = None
+    ) -> Placement:
         return place(
             graph,
             target,
             exclude_nodes=(*self.exclude_nodes, *stripped),
             exclude_operators=self.exclude_operators,
+            types=types,
         )
 
-    def _ranges(self, graph: Graph, placement: Placement, context: Context) -> dict[str, Range]:
-        sources = [s for names in placement.sources.values() for s in names]
-        return self._calibrate(graph, placement, sources, context)
+    def _ranges(
+        self, graph: Graph, placement: Placement, target: Target, context: Context
+    ) -> Generator[Detail, None, dict[str, Range]]:
+        """The range of every source: given, from the cache, or from the data."""
+        ranges = self._given(graph, placement)
+        wanted = _sources(placement)
+        if all(name in ranges for name in wanted):
+            return ranges
+        assert context.data is not None
+        key = None
+        if self.calibration_cache is not None:
+            key = self._key(graph, context)
+            cached = _cached(self.calibration_cache, key, context)
+            if all(name in ranges or name in cached for name in wanted):
+                return cached | ranges
+        missing = [name for name in wanted if name not in ranges]
+        if self.observer == "auto":
+            found = yield from self._search(graph, placement, target, ranges, context)
+        else:
+            found = self._calibrate(graph, placement, missing, context)
+        if self.calibration_cache is not None and key is not None:
+            write_ranges(self.calibration_cache, key, found)
+        return found | ranges
+
+    def _given(self, graph: Graph, placement: Placement) -> dict[str, Range]:
+        """The option ``ranges``; tensors that are not quantised (any more) need none and are passed over."""
+        known = set() if not self.ranges else set(graph.tensors())
+        sources = set(_sources(placement))
+        given = {}
+        for name, (low, high) in self.ranges.items():
+            if name not in known:
+                raise UsageError(
+                    f"ranges: tensor {name!r} is not in the graph; expected the name of one of its tensors"
+                )
+            if name not in sources and name in placement.classes:
+                others = ", ".join(repr(s) for s in placement.sources[placement.classes[name]])
+                raise UsageError(f"ranges: tensor {name!r} shares the range of {others}; give a range for that instead")
+            if name in sources:
+                given[name] = Range(low, high)
+        return given
+
+    def _key(self, graph: Graph, context: Context) -> CalibrationKey | None:
+        assert context.data is not None
+        model = graph_sha256(graph)
+        if model is None:
+            context.warn("the model is above 2 GiB, so its ranges were not kept in the calibration cache")
+            return None
+        observer: dict[str, Any] = {"name": self.observer, "target": context.target}
+        if self.observer == "percentile":
+            observer["percentile"] = self.percentile
+        if self.observer == "auto":
+            options = {"search_evaluations", "weight_range", "exclude_nodes", "exclude_operators", "ranges"}
+            observer |= {"seed": context.seed} | self.model_dump(mode="json", include=options)
+        return CalibrationKey(model, context.data.fingerprint(), observer)
 
     def _calibrate(self, graph: Graph, placement: Placement, tensors: list[str], context: Context) -> dict[str, Range]:
         assert context.data is not None
@@ -128,7 +212,7 @@ class InsertQdq(Pass):
             graph,
             tensors,
             context.data,
-            self.observer,
+            "weighted_mse" if self.observer == "auto" else self.observer,
             shared=placement.sources.values(),
             scheme=placement.target.activations,
             percentile=self.percentile,
@@ -136,13 +220,82 @@ class InsertQdq(Pass):
             progress=context.progress,
         )
 
+    def _search(
+        self, graph: Graph, placement: Placement, target: Target, given: Mapping[str, Range], context: Context
+    ) -> Generator[Detail, None, dict[str, Range]]:
+        """Ranges for all sources but ``given``, judged by the outputs."""
+        assert context.data is not None
+        open_classes = {
+            name: [s for s in sources if s not in given]
+            for name, sources in placement.sources.items()
+            if any(s not in given for s in sources)
+        }
+        observers = {name: MseObserver(target.activations, CLIPPING_WEIGHT) for name in open_classes}
+        watchers = {s: observers[name] for name, sources in open_classes.items() for s in sources}
+        observe(graph, watchers, context.data, threads=context.threads, progress=context.progress)
+        for name, watching in observers.items():
+            range_of(open_classes[name][0], watching.min_max())
+        rungs = {name: ladder(watching) for name, watching in observers.items()}
+
+        def spread(ranges: Mapping[str, Range]) -> dict[str, Range]:
+            return {s: ranges[name] for name, sources in open_classes.items() for s in sources}
+
+        def written(ranges: Mapping[str, Range]) -> Graph:
+            candidate = copy_graph(graph)
+            _write(
+                candidate,
+                self._place(candidate, target, (), placement.types),
+                {**given, **spread(ranges)},
+                self.weight_range,
+            )
+            return candidate
+
+        evaluations = self.search_evaluations
+        if evaluations is None:
+            evaluations = default_evaluations(sum(node_macs(graph, placement.types).values()))
+        try:
+            found: RangeSearch = search_ranges(
+                graph,
+                written,
+                rungs,
+                context.data,
+                evaluations=evaluations,
+                seed=context.seed,
+                threads=context.threads,
+                progress=context.progress,
+            )
+        except DataError as error:
+            context.warn(f"{error}; taken instead: the observer weighted_mse")
+            return {s: range_of(s, observers[name].range()) for name, sources in open_classes.items() for s in sources}
+        yield Detail("range_search", found.to_dict())
+        return spread(found.ranges)
+
+
+def _sources(placement: Placement) -> list[str]:
+    return [name for names in placement.sources.values() for name in names]
+
+
+def _cached(path: Path, key: CalibrationKey | None, context: Context) -> dict[str, Range]:
+    """The ranges in the cache; none where it does not exist or was made from something else."""
+    held = read_ranges(path)
+    if held is None or key is None:
+        return {}
+    difference = key.difference(held[0])
+    if difference is not None:
+        context.warn(f"{path}: the calibration cache was made from {difference}; calibrated anew, and replaced")
+        return {}
+    return held[1]
+
 
 def _has_candidates(graph: Graph, target: Target, options: InsertQdq) -> bool:
     return any(node.op in target.rules for node in graph.nodes)
 
 
-def _write(graph: Graph, placement: Placement, ranges: Mapping[str, Range]) -> list[Change]:
-    changes = [Change("quantised", node.name, detail) for node, detail in insert_quantizers(graph, placement, ranges)]
+def _write(
+    graph: Graph, placement: Placement, ranges: Mapping[str, Range], weight_range: Literal["max", "mse"]
+) -> list[Change]:
+    written = insert_quantizers(graph, placement, ranges, weight_range=weight_range)
+    changes = [Change("quantised", node.name, detail) for node, detail in written]
     sort_nodes(graph)
     return changes
 

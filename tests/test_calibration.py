@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from onnxcompress.calibration import calibrate
+from onnxcompress.calibration import calibrate, observe
+from onnxcompress.calibration_cache import CalibrationKey, graph_sha256, read_ranges, write_ranges
 from onnxcompress.data import open_data
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, input_specs
+from onnxcompress.observers import MseObserver, make_observer
 from onnxcompress.proto import from_proto, to_proto
+from onnxcompress.quantization import Range
 from onnxcompress.session import Session
 
 
-def model() -> Graph:
+def model(batch: str | int = "N") -> Graph:
     graph = helper.make_graph(
         [
             helper.make_node("Relu", ["x"], ["r"]),
@@ -21,8 +28,8 @@ def model() -> Graph:
             helper.make_node("Add", ["m", "l"], ["y"]),
         ],
         "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, "W"])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3, "W"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, "W"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 3, "W"])],
     )
     return from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
 
@@ -86,3 +93,130 @@ def test_the_float_model_is_what_is_watched(rng: np.random.Generator) -> None:
     expected = Session(graph, optimization="disabled").run({"x": x})["y"]
     found = calibrate(graph, ["y"], open_data({"x": x}, input_specs(graph)))["y"]
     np.testing.assert_allclose([found.low, found.high], [expected.min(), expected.max()], rtol=1e-6)
+
+
+# ---- observers that see whole tensors
+
+
+def reference(graph: Graph, x: np.ndarray, name: str) -> np.ndarray:
+    r = np.maximum(x, 0)
+    return {"x": x, "r": r, "m": r * x}[name]
+
+
+@pytest.mark.parametrize("observer", ["percentile", "entropy", "mse", "weighted_mse"])
+def test_the_range_is_that_of_all_values_in_one_array(observer: str, rng: np.random.Generator) -> None:
+    graph = model()
+    arrays = [rng.normal(size=(n, 3, w)).astype(np.float32) for n, w in ((4, 500), (1, 90), (70, 20))]
+    found = calibrate(graph, ["x", "r", "m"], open_data([{"x": a} for a in arrays], input_specs(graph)), observer)
+    for name, interval in found.items():
+        alone = make_observer(observer)
+        alone.update(np.concatenate([reference(graph, a, name).ravel() for a in arrays]))
+        assert interval == alone.range()
+
+
+def test_tensors_that_share_parameters_are_seen_as_one(rng: np.random.Generator) -> None:
+    graph = model()
+    x = rng.normal(size=(64, 3, 50)).astype(np.float32)
+    data = open_data({"x": x}, input_specs(graph))
+    found = calibrate(graph, ["x", "m", "r"], data, "mse", shared=[["x", "m"], ["r"]])
+    together = MseObserver()
+    together.update(x)
+    together.update(reference(graph, x, "m"))
+    assert found["x"] == found["m"] == together.range() != found["r"]
+    extremes = calibrate(graph, ["x", "m"], data, shared=[["x", "m"]])
+    assert extremes["x"] == extremes["m"]
+    assert extremes["x"].low == x.min() and extremes["x"].high == max(x.max(), reference(graph, x, "m").max())
+
+
+@pytest.mark.parametrize("batch", ["N", 8])
+@pytest.mark.parametrize("in_flight", [1, 600, 5_000, 1 << 30])
+def test_little_in_flight_memory_changes_nothing(batch: str | int, in_flight: int, rng: np.random.Generator) -> None:
+    """Batches are split, and where the model fixes them or one sample is too much, tensors go in groups."""
+    graph = model(batch)
+    data = open_data({"x": rng.normal(size=(32, 3, 40)).astype(np.float32)}, input_specs(graph)).rebatch(16)
+    watchers = {name: MseObserver() for name in ("x", "r", "m")}
+    observe(graph, watchers, data, in_flight=in_flight)
+    whole = {name: MseObserver() for name in watchers}
+    observe(graph, whole, data)
+    for name, watching in watchers.items():
+        assert watching.range() == whole[name].range()
+        assert watching.histogram.total == whole[name].histogram.total == 32 * 3 * 40
+
+
+def test_memory_does_not_grow_with_the_samples(rng: np.random.Generator) -> None:
+    graph = model()
+    peaks = []
+    for samples in (64, 640):
+        data = open_data({"x": rng.normal(size=(samples, 3, 1000)).astype(np.float32)}, input_specs(graph)).rebatch(16)
+        calibrate(graph, ["x", "r", "m"], data.take(16), "entropy")
+        tracemalloc.start()
+        calibrate(graph, ["x", "r", "m"], data, "entropy")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_values_that_are_not_finite_are_named_by_every_observer() -> None:
+    graph = model()
+    data = open_data({"x": -np.ones((2, 3, 4), np.float32)}, input_specs(graph))
+    with pytest.raises(DataError, match="'l' takes values that are not finite"):
+        calibrate(graph, ["r", "l"], data, "entropy")
+
+
+# ---- the cache
+
+
+def key(**changes: Any) -> CalibrationKey:
+    return CalibrationKey(**({"model": "a" * 64, "data": "b" * 64, "observer": {"name": "mse"}} | changes))
+
+
+def test_a_cache_gives_back_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "cache.json"
+    ranges = {"x": Range(-0.1, 1 / 3), "ü/1:0": Range(0.0, 1e-30)}
+    assert read_ranges(path) is None
+    write_ranges(path, key(), ranges)
+    assert read_ranges(path) == (key(), ranges)
+    assert [p.name for p in tmp_path.iterdir()] == ["cache.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"format": "other", "version": 1}',
+        '{"format": "onnxcompress calibration", "version": 2, "model": "", "data": "", "observer": {}, "ranges": {}}',
+        '{"format": "onnxcompress calibration", "version": 1, "model": 3, "data": "", "observer": {}, "ranges": {}}',
+        *(
+            '{"format": "onnxcompress calibration", "version": 1, "model": "", "data": "", "observer": {}, '
+            f'"ranges": {{"x": {found}}}}}'
+            for found in ("1", "[1]", "[2, 1]", "[0, NaN]", "[0, Infinity]", '["0", "1"]', "[true, 1]", "null")
+        ),
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_cache_is_refused_in_one_line_and_kept(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "cache.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match="is no calibration cache or is damaged") as caught:
+        read_ranges(path)
+    assert "\n" not in str(caught.value) and path.read_text() == text
+
+
+def test_a_cache_that_cannot_be_read_or_written_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read as a calibration cache"):
+        read_ranges(tmp_path)
+    with pytest.raises(UsageError, match="is a folder"):
+        write_ranges(tmp_path, key(), {})
+    with pytest.raises(UsageError, match="its folder does not exist"):
+        write_ranges(tmp_path / "no" / "cache.json", key(), {})
+
+
+def test_the_key_tells_models_data_and_observers_apart(rng: np.random.Generator) -> None:
+    assert key().difference(key()) is None
+    assert key().difference(key(model="c")) == "another model"
+    assert key().difference(key(data="c", observer={})) == "other data and another observer"
+    assert graph_sha256(model()) == graph_sha256(model()) != graph_sha256(model(4))
