@@ -810,17 +810,14 @@ class Lockstep:
         return {"train": self.samples.train.samples, "held_out": self.samples.held_out.samples}
 
 
-def require_teacher(name: str, context: Context) -> None:
-    """Raise where a pass of this kind cannot start.
+def require_teacher(name: str, graph: Graph, context: Context) -> None:
+    """Raise where a pass of this kind cannot start on ``graph``.
 
     Raises:
-        DataError: there is no calibration data.
         UsageError: there is no float model.
     """
-    if context.data is None:
-        raise DataError(f"{name} needs calibration data; give some samples with --data")
-    if context.original is None:
-        raise UsageError(f"{name} compares with the float model; run it in one recipe behind insert_qdq")
+    if context.original is None or context.original is graph:
+        raise UsageError(f"{name} compares with the float model; run it in one recipe, behind insert_qdq")
 
 
 def mismatch(found: Array, expected: Array) -> str | None:

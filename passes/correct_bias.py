@@ -40,7 +40,7 @@ class CorrectBias(Pass):
     name: ClassVar[str] = "correct_bias"
 
     add_bias: bool = Field(True, description="Give a layer without a bias one where that lowers its error by 1 %")
-    samples: int = Field(512, ge=1, description="Most calibration samples used; memory may allow fewer")
+    max_samples: int = Field(512, ge=1, description="Most calibration samples used; memory may allow fewer")
 
     @property
     def guarantee(self) -> Guarantee:
@@ -53,8 +53,8 @@ class CorrectBias(Pass):
         return True
 
     def requires(self, graph: Graph, context: Context) -> None:
-        """Data and the float model must be there."""
-        require_teacher(self.name, context)
+        """The float model must be there."""
+        require_teacher(self.name, graph, context)
 
     def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
         """Measure and correct layer after layer, then judge all corrections by the outputs."""
@@ -74,7 +74,7 @@ class CorrectBias(Pass):
             return
         try:
             lockstep = Lockstep(
-                student, candidates, context, samples=self.samples, reads=lambda layer: layer.output.name
+                student, candidates, context, samples=self.max_samples, reads=lambda layer: layer.output.name
             )
         except ModelError as error:
             yield Refusal("", f"no bias corrected: {error}")

@@ -72,7 +72,7 @@ class RoundWeights(Pass):
         description="Pull towards the float weights, relative to the mean input power; the best is taken",
     )
     adjust_bias: bool = Field(True, description="Move the bias of each layer along with its weights")
-    samples: int = Field(512, ge=1, description="Most calibration samples used; memory may allow fewer")
+    max_samples: int = Field(512, ge=1, description="Most calibration samples used; memory may allow fewer")
 
     @property
     def guarantee(self) -> Guarantee:
@@ -85,8 +85,8 @@ class RoundWeights(Pass):
         return True
 
     def requires(self, graph: Graph, context: Context) -> None:
-        """Data and the float model must be there."""
-        require_teacher(self.name, context)
+        """The float model must be there."""
+        require_teacher(self.name, graph, context)
 
     def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
         """Round layer after layer, then judge all of them by the outputs."""
@@ -105,7 +105,7 @@ class RoundWeights(Pass):
             return
         try:
             lockstep = Lockstep(
-                student, candidates, context, samples=self.samples, reads=lambda layer: layer.node.inputs[0].name
+                student, candidates, context, samples=self.max_samples, reads=lambda layer: layer.node.inputs[0].name
             )
         except ModelError as error:
             yield Refusal("", f"no weights rounded anew: {error}")

@@ -271,13 +271,15 @@ def test_without_data_or_without_the_float_model() -> None:
         CorrectBias()(graph, Context(original=graph))
     with pytest.raises(UsageError, match="compares with the float model"):
         CorrectBias()(graph, Context(data=context_for(graph).data))
+    with pytest.raises(UsageError, match="compares with the float model"):
+        CorrectBias()(graph, context_for(graph))
 
 
 def test_nothing_to_do_where_the_float_model_is_the_student() -> None:
     graph = residual_network()
     context = context_for(graph)
     student = InsertQdq()(graph, context).graph
-    context.original = student
+    context.original = copy_graph(student)
     result = CorrectBias()(student, context)
     assert not result.report.changed
 

@@ -283,6 +283,8 @@ def test_without_data_or_without_the_float_model() -> None:
         RoundWeights()(graph, Context(original=graph))
     with pytest.raises(UsageError, match="compares with the float model"):
         RoundWeights()(graph, Context(data=context_for(graph).data))
+    with pytest.raises(UsageError, match="compares with the float model"):
+        RoundWeights()(graph, context_for(graph))
 
 
 @pytest.mark.parametrize("hazard", [h for h in HAZARDS if h.runnable], ids=lambda h: h.name)
