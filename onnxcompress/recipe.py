@@ -7,7 +7,7 @@
     seed: 0                             # optional
     passes:                             # a list, so order is meaning and a pass may repeat
       - fold_batch_norm: {}
-      - insert_qdq: {observer: minmax}
+      - insert_qdq: {observer: min_max}
 
 A pass without options may be written as a bare name. Everything that can be wrong with a recipe is found here, before
 any data is read, and told in one line with the file, the line and the position (``passes[1].insert_qdq.observer``).
@@ -52,6 +52,7 @@ __all__ = [
 #: named recipes and what they do; the files lie in ``onnxcompress/recipes``
 RECIPES: Mapping[str, str] = {
     "int8": "fold, then static INT8 for the target; needs calibration data",
+        "int8-accurate": "static INT8 closer to the original: ranges, rounding and biases are searched; slower",
     "fp16": "fold, then float16 where it is safe; the default for target cuda",
     "lossless": "fold and clean without changing the outputs; needs no data",
 }

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import tracemalloc
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +223,40 @@ def test_the_key_tells_models_data_and_observers_apart(rng: np.random.Generator)
     assert key().difference(key(model="c")) == "another model"
     assert key().difference(key(data="c", observer={})) == "other data and another observer"
     assert graph_sha256(model()) == graph_sha256(model()) != graph_sha256(model(4))
+
+
+# ---- a real model
+
+_PEAK = """
+import importlib.util, resource, sys, time
+spec = importlib.util.spec_from_file_location("cases", sys.argv[1])
+cases = importlib.util.module_from_spec(spec)
+sys.modules["cases"] = cases
+sys.dont_write_bytecode = True
+spec.loader.exec_module(cases)
+from onnxcompress.base import Context
+from onnxcompress.data import open_data
+from onnxcompress.graph import input_specs
+from onnxcompress.io import load
+from onnxcompress.passes.insert_qdq import InsertQdq
+case = cases.CASES["squeezenet1.1"]
+graph = load(case.model)
+data = open_data(list(case.calibration(120, 16)), input_specs(graph))
+start = time.process_time()
+InsertQdq(observer=sys.argv[2])(graph, Context(data=data))
+print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cases
+@pytest.mark.parametrize("observer", ["entropy", "mse"])
+def test_squeezenet_takes_little_memory_and_time(observer: str, cases: Mapping[str, Any]) -> None:
+    source = sys.modules[type(cases["squeezenet1.1"]).__module__].__file__
+    assert source is not None
+    command = [sys.executable, "-c", _PEAK, source, observer]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    seconds, mebibytes = map(float, answer.split())
+    assert mebibytes <= 1024
+    # Processor time of all threads, which other work on the machine hardly changes: at most 6 s even on one core.
+    assert seconds <= 6
