@@ -162,9 +162,17 @@ class Context:
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress)
     work_dir: Path | None = None
+    #: the float graph as the quantising pass of this run was given it: it computes what ``original`` does, but its
+    #: tensors may be scaled (equalize_layers), and so are those of the quantised graph
+    reference: Graph | None = None
     #: threads of the sessions that calibrate and verify; 0: as many as the runtime chooses
     threads: int = 0
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def teacher(self) -> Graph | None:
+        """What tensors of a quantised graph are compared with, name by name."""
+        return self.reference if self.reference is not None else self.original
 
     def warn(self, message: str) -> None:
         """Record a warning for the report; the same one is recorded once."""

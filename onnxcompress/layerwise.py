@@ -784,7 +784,7 @@ class Lockstep:
         samples: int,
         reads: Callable[[Layer], str],
     ) -> None:
-        teacher, data = context.original, context.data
+        teacher, data = context.teacher, context.data
         assert teacher is not None and data is not None
         wanted = [[reads(layer), *((layer.shortcut.name,) if layer.shortcut is not None else ())] for layer in layers]
         expected = [[layer.target] for layer in layers]
@@ -816,7 +816,7 @@ def require_teacher(name: str, graph: Graph, context: Context) -> None:
     Raises:
         UsageError: there is no float model.
     """
-    if context.original is None or context.original is graph:
+    if context.teacher is None or context.teacher is graph:
         raise UsageError(f"{name} compares with the float model; run it in one recipe, behind insert_qdq")
 
 
@@ -845,7 +845,7 @@ def settle(
     graph: Graph, changes: Sequence[Mended], lockstep: Lockstep, context: Context, kind: str
 ) -> Iterator[Change | Refusal | Detail]:
     """Write what does the outputs good into ``graph`` and report it; ``kind`` names the changes."""
-    teacher = context.original
+    teacher = context.teacher
     assert teacher is not None
     if lockstep.samples.overlap:
         context.warn("too few calibration samples to hold any out; changes were judged on what they were learned from")

@@ -58,9 +58,9 @@ class CorrectBias(Pass):
 
     def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
         """Measure and correct layer after layer, then judge all corrections by the outputs."""
-        assert context.original is not None
+        assert context.teacher is not None
         student = copy_graph(graph)
-        layers, skipped = find_layers(student, context.original)
+        layers, skipped = find_layers(student, context.teacher)
         candidates = []
         for layer in layers:
             if layer.bias_node is None:

@@ -125,6 +125,7 @@ class InsertQdq(Pass):
                 proof = audit(prepared, target, placement)
             yield Detail("audit", proof.to_dict())
             _warn_about(proof, context)
+        context.reference = copy_graph(graph)
         replace_contents(graph, prepared)
         _warn_of_the_target(placement, context)
 

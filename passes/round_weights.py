@@ -90,9 +90,9 @@ class RoundWeights(Pass):
 
     def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
         """Round layer after layer, then judge all of them by the outputs."""
-        assert context.original is not None
+        assert context.teacher is not None
         student = copy_graph(graph)
-        layers, skipped = find_layers(student, context.original)
+        layers, skipped = find_layers(student, context.teacher)
         candidates = []
         for layer in layers:
             reason = _refusal(layer)
@@ -113,7 +113,7 @@ class RoundWeights(Pass):
         names = Names(student)
         changes: list[Mended] = []
         largest_pair = get_target(context.target).weights.largest_pair
-        originals = _float_weights(context.original, candidates)
+        originals = _float_weights(context.teacher, candidates)
         for number, layer in enumerate(context.progress.track(candidates, "rounding weights", len(candidates))):
             patches = Patches(layer, lockstep.samples.train.samples, np.random.default_rng([context.seed, number]))
             train, held_out = Moments(patches), Moments(patches)
