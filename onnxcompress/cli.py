@@ -634,10 +634,12 @@ def demo(terminal: Terminal, /, output: str | None, **options: Any) -> None:
 
     from onnxcompress.compress import compress as run
     from onnxcompress.demo import demo_calibration, demo_evaluation, demo_model_path
+    from onnxcompress.session import import_onnxruntime
 
     if output == "":
         raise UsageError("no folder was given; name one with -o, or leave -o out")
     calibration, evaluation = demo_calibration(), demo_evaluation()
+    import_onnxruntime()  # without one there is nothing to announce
     terminal.note(
         f"a residual network for handwritten digits (UCI), calibrated on {len(calibration['input'])} images without "
         f"labels, judged by {len(evaluation['input'])} others; it takes some 15 seconds"

@@ -255,7 +255,7 @@ def test_a_tensor_that_the_float_model_lacks_or_has_for_something_else_is_refuse
     tensors = other.tensors()
     tensors["c1"].name = "elsewhere"
     tensors["s"].name, tensors["c2"].name = "sum", "conv"
-    context.original = other
+    context.reference = other
     result = CorrectBias()(student, context)
     reasons = {r.node: r.reason for r in result.report.refusals}
     assert "has no tensor 'c1'" in reasons["c1_node"] and "has no tensor 'c2" in reasons["c2_node"]
@@ -279,7 +279,7 @@ def test_nothing_to_do_where_the_float_model_is_the_student() -> None:
     graph = residual_network()
     context = context_for(graph)
     student = InsertQdq()(graph, context).graph
-    context.original = copy_graph(student)
+    context.reference = copy_graph(student)
     result = CorrectBias()(student, context)
     assert not result.report.changed
 

@@ -15,6 +15,7 @@ from onnxcompress.data import open_data
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, constant_value, copy_graph, input_specs
 from onnxcompress.layerwise import Layer, find_layers
+from onnxcompress.passes.equalize_layers import EqualizeLayers
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.round_weights import Moments, Patches, RoundWeights, integer_bounds, round_columns
 from onnxcompress.proto import from_proto, to_proto
@@ -48,7 +49,6 @@ def test_rounding_against_every_possible_rounding(columns: int) -> None:
             [cost(base + np.array(steps), wanted, gram) for steps in product(range(-1, 3), repeat=columns)]
         )
         best = every.min(axis=0)
-        assert (found >= best * (1 - 1e-9)).all() or (found < best).any()
         assert (found <= cost(np.rint(wanted), wanted, gram) + 1e-9).all()
         optimal += int((found <= best * 1.05 + 1e-12).sum())
         total += len(best)
@@ -303,3 +303,19 @@ def test_every_hazard_survives(hazard: Hazard) -> None:
     if "output_sqnr_db" in result.report.details:
         start, end = sqnr(result)
         assert start is None or end is None or end >= start
+
+
+def test_the_teacher_is_what_was_quantised_not_what_was_scaled_since() -> None:
+    """equalize_layers scales tensors that keep their names; compared with the original's, every layer is far off."""
+    graph = residual_network()
+    context = context_for(graph)
+    equal = EqualizeLayers(strength=1.0)(graph, context)
+    assert equal.report.changed
+    quantised = InsertQdq()(equal.graph, context)
+    rounded = RoundWeights()(quantised.graph, context)
+    assert not [r for r in rounded.report.refusals if "little in common" in r.reason]
+    before, after = sqnr(rounded)
+    assert rounded.report.changed and after > before
+    context.reference = None
+    against_the_original = RoundWeights()(quantised.graph, context)
+    assert sqnr(against_the_original)[1] < after
