@@ -154,7 +154,9 @@ def test_exclusions_stay_float(run: Callable[..., CompressResult]) -> None:
     result = run(exclude=["Conv"])
     assert result.audit is not None
     assert "QLinearConv" not in result.audit["integer"]
-    assert result.recipe.to_dict()["passes"][-1] == {"insert_qdq": {"exclude_operators": ["Conv"]}}
+    assert result.recipe.to_dict()["passes"][-1] == {
+        "insert_qdq": {"observer": "weighted_mse", "exclude_operators": ["Conv"]}
+    }
 
 
 def test_an_exclusion_that_matches_nothing_is_told(run: Callable[..., CompressResult]) -> None:
