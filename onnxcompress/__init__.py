@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from onnxcompress.version import __version__
 
 if TYPE_CHECKING:
-    from onnxcompress.audit import FusionAudit, audit
     from onnxcompress.base import (
         Change,
         Context,
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
     from onnxcompress.io import SavedModel, load, save
     from onnxcompress.passes import PASSES, load_pass
     from onnxcompress.pipeline import Pipeline
+    from onnxcompress.quantization.audit import FusionAudit, audit
     from onnxcompress.recipe import Recipe, load_recipe
     from onnxcompress.session import Session
     from onnxcompress.verify import OutputComparison, check_equivalent, compare
@@ -105,7 +105,6 @@ __all__ = [
 
 #: public names by the module that defines them
 _MODULES = {
-    "audit": ("FusionAudit", "audit"),
     "base": ("Change", "Context", "Decision", "Guarantee", "Pass", "PassReport", "PassResult", "Refusal"),
     "benchmark": ("BenchmarkResult", "benchmark"),
     "compress": ("CompressResult", "compress"),
@@ -127,6 +126,7 @@ _MODULES = {
     "io": ("SavedModel", "load", "save"),
     "passes": ("PASSES", "load_pass"),
     "pipeline": ("Pipeline",),
+    "quantization.audit": ("FusionAudit", "audit"),
     "recipe": ("Recipe", "load_recipe"),
     "session": ("Session",),
     "verify": ("OutputComparison", "check_equivalent", "compare"),

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from onnxcompress.base import Context, Progress, SilentProgress
-from onnxcompress.canonical import to_canonical_form
 from onnxcompress.graph import Graph, first_output, input_specs, model_info, sort_nodes
 from onnxcompress.io import load, model_bytes
 from onnxcompress.opset import raise_opset
 from onnxcompress.passes import load_pass
 from onnxcompress.pipeline import Pipeline
-from onnxcompress.placement import explain
+from onnxcompress.quantization.canonical import to_canonical_form
+from onnxcompress.quantization.placement import explain
 from onnxcompress.recipe import Recipe, load_recipe
 from onnxcompress.shapes import GraphStats, graph_stats, infer_shapes, node_macs
 from onnxcompress.targets import get_target

@@ -39,7 +39,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxcompress.base import Change, Context, Detail, Guarantee, Pass, Refusal
-from onnxcompress.calibration import calibrate
 from onnxcompress.graph import (
     Graph,
     Names,
@@ -52,8 +51,9 @@ from onnxcompress.graph import (
     walk_graphs,
     walk_nodes,
 )
-from onnxcompress.mincut import MinCut
-from onnxcompress.quantization import Range
+from onnxcompress.quantization.affine import Range
+from onnxcompress.quantization.calibration import calibrate
+from onnxcompress.quantization.mincut import MinCut
 from onnxcompress.shapes import TensorType, infer_shapes, node_macs
 
 __all__ = ["BOUNDED", "PROTECTED", "ConvertFloat16"]

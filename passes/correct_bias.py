@@ -5,10 +5,10 @@ that follow. So layers are corrected in graph order, each with every earlier cor
 
     bias[c] += mean over samples and positions of (teacher[c] - student[c])
 
-which equals a full run of both networks per layer, at the cost of one (see :mod:`onnxcompress.layerwise`). No labels.
-Where a layer's output only goes into an Add, the sum is what is compared: shifting the branch for itself would undo
-what it makes up for on the shortcut. A layer keeps its correction only if its error on held-out samples falls, and the
-corrections together only if the error of the model's outputs falls.
+which equals a full run of both networks per layer, at the cost of one (see :mod:`onnxcompress.quantization.layerwise`).
+No labels. Where a layer's output only goes into an Add, the sum is what is compared: shifting the branch for itself
+would undo what it makes up for on the shortcut. A layer keeps its correction only if its error on held-out samples
+falls, and the corrections together only if the error of the model's outputs falls.
 
 Source: M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section
 4.2, with means from data; NNCF calls it bias correction.
@@ -26,7 +26,16 @@ from pydantic import Field
 from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, Refusal
 from onnxcompress.errors import ModelError
 from onnxcompress.graph import Graph, Names, copy_graph
-from onnxcompress.layerwise import Layer, Lockstep, Mended, find_layers, mismatch, require_teacher, settle, unlike
+from onnxcompress.quantization.layerwise import (
+    Layer,
+    Lockstep,
+    Mended,
+    find_layers,
+    mismatch,
+    require_teacher,
+    settle,
+    unlike,
+)
 
 __all__ = ["CorrectBias"]
 

@@ -35,9 +35,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxcompress.base import Change, Context, Guarantee, Pass, Refusal
-from onnxcompress.channel_scales import ChannelScales, Reader
-from onnxcompress.channel_statistics import ChannelStatistics, channel_statistics
 from onnxcompress.graph import Graph
+from onnxcompress.quantization.channel_scales import ChannelScales, Reader
+from onnxcompress.quantization.channel_statistics import ChannelStatistics, channel_statistics
 from onnxcompress.shapes import infer_shapes
 
 __all__ = ["EqualizeLayers"]

@@ -5,9 +5,9 @@
     x -> Conv -> Relu -> y        x -> Q -> DQ -> Conv(DQ(w_int8)) -> Relu -> Q -> DQ -> y
                                                   └──────── one QLinearConv ───────┘
 
-Where quantisers go is decided by :mod:`onnxcompress.placement` from the target's rule table, ranges come from
-:mod:`onnxcompress.calibration`, and the result is proven by :mod:`onnxcompress.audit`: the runtime optimises the graph,
-and what did not become integer as planned is stripped and reported.
+Where quantisers go is decided by :mod:`onnxcompress.quantization.placement` from the target's rule table, ranges come
+from :mod:`onnxcompress.quantization.calibration`, and the result is proven by :mod:`onnxcompress.quantization.audit`:
+the runtime optimises the graph, and what did not become integer as planned is stripped and reported.
 
 Source: ONNX operator specification of QuantizeLinear; B. Jacob et al., "Quantization and Training of Neural Networks
 for Efficient Integer-Arithmetic-Only Inference", CVPR 2018.
@@ -21,21 +21,21 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat, field_validator
 
-from onnxcompress.audit import FusionAudit, audit
 from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, Refusal
-from onnxcompress.calibration import calibrate, observe, range_of
-from onnxcompress.calibration_cache import CalibrationKey, graph_sha256, read_ranges, write_ranges
-from onnxcompress.canonical import to_canonical_form
 from onnxcompress.destination import checked_destination
 from onnxcompress.environment import cpu_flags, has_int8_dot_product
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, copy_graph, replace_contents, sort_nodes
-from onnxcompress.observers import CLIPPING_WEIGHT, MseObserver
 from onnxcompress.opset import raise_opset
-from onnxcompress.placement import Placement, place, why
-from onnxcompress.qdq import insert_quantizers
-from onnxcompress.quantization import Range
-from onnxcompress.range_search import RangeSearch, default_evaluations, ladder, search_ranges
+from onnxcompress.quantization.affine import Range
+from onnxcompress.quantization.audit import FusionAudit, audit
+from onnxcompress.quantization.calibration import calibrate, observe, range_of
+from onnxcompress.quantization.calibration_cache import CalibrationKey, graph_sha256, read_ranges, write_ranges
+from onnxcompress.quantization.canonical import to_canonical_form
+from onnxcompress.quantization.observers import CLIPPING_WEIGHT, MseObserver
+from onnxcompress.quantization.placement import Placement, place, why
+from onnxcompress.quantization.qdq import insert_quantizers
+from onnxcompress.quantization.range_search import RangeSearch, default_evaluations, ladder, search_ranges
 from onnxcompress.shapes import TensorType, infer_shapes, node_macs
 from onnxcompress.targets import Target, get_target
 

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from onnxcompress.base import Change, Context, Guarantee, Pass, Refusal
 from onnxcompress.graph import Graph, Names, attribute, constant_value, graph_output_ids, normal_domain
-from onnxcompress.quantization import QParams, QuantScheme, quantize, weight_qparams
+from onnxcompress.quantization.affine import QParams, QuantScheme, quantize, weight_qparams
 
 __all__ = ["QuantizeEmbeddings"]
 

@@ -34,8 +34,17 @@ from pydantic import Field
 from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, Refusal
 from onnxcompress.errors import ModelError
 from onnxcompress.graph import Graph, Names, attribute, constant_value, copy_graph
-from onnxcompress.layerwise import Layer, Lockstep, Mended, find_layers, mismatch, require_teacher, settle, unlike
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
+from onnxcompress.quantization.layerwise import (
+    Layer,
+    Lockstep,
+    Mended,
+    find_layers,
+    mismatch,
+    require_teacher,
+    settle,
+    unlike,
+)
 from onnxcompress.targets import get_target
 
 __all__ = ["Moments", "Patches", "RoundWeights", "integer_bounds", "round_columns"]

@@ -1,8 +1,8 @@
 """What a quantised graph has to compute, by numpy: the oracle for insert_qdq.
 
 The float graph is run node by node. Every tensor that the placement makes integer is replaced by its fake-quantised
-value, computed by :mod:`onnxcompress.quantization`; weights likewise. Float operators are run by onnxruntime one at a
-time, so that the only thing under test is where and how values are rounded.
+value, computed by :mod:`onnxcompress.quantization.affine`; weights likewise. Float operators are run by onnxruntime
+one at a time, so that the only thing under test is where and how values are rounded.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxcompress.graph import attribute, constant_value
-from onnxcompress.placement import Placement
-from onnxcompress.qdq import class_qparams
-from onnxcompress.quantization import Range, activation_qparams, fake_quantize, weight_qparams
+from onnxcompress.quantization.affine import Range, activation_qparams, fake_quantize, weight_qparams
+from onnxcompress.quantization.placement import Placement
+from onnxcompress.quantization.qdq import class_qparams
 from onnxcompress.session import Session
 
 Array = NDArray[Any]

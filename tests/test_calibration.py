@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from onnxcompress.calibration import calibrate, observe
-from onnxcompress.calibration_cache import CalibrationKey, graph_sha256, read_ranges, write_ranges
 from onnxcompress.data import open_data
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, input_specs
-from onnxcompress.observers import MseObserver, make_observer
 from onnxcompress.proto import from_proto, to_proto
-from onnxcompress.quantization import Range
+from onnxcompress.quantization.affine import Range
+from onnxcompress.quantization.calibration import calibrate, observe
+from onnxcompress.quantization.calibration_cache import CalibrationKey, graph_sha256, read_ranges, write_ranges
+from onnxcompress.quantization.observers import MseObserver, make_observer
 from onnxcompress.session import Session
 
 

@@ -11,14 +11,14 @@ from onnx import TensorProto, helper, numpy_helper
 from random_graphs import random_model
 
 from onnxcompress.base import Context, PassResult
-from onnxcompress.channel_scales import ChannelScales
-from onnxcompress.channel_statistics import channel_statistics
 from onnxcompress.data import open_data
 from onnxcompress.errors import DataError
 from onnxcompress.graph import Graph, copy_graph, input_specs
 from onnxcompress.passes.equalize_layers import EqualizeLayers
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.proto import from_proto, to_proto
+from onnxcompress.quantization.channel_scales import ChannelScales
+from onnxcompress.quantization.channel_statistics import channel_statistics
 from onnxcompress.session import Session
 from onnxcompress.shapes import infer_shapes
 

@@ -13,15 +13,15 @@ from random_graphs import random_model
 
 from onnxcompress import targets
 from onnxcompress.base import Context, PassResult
-from onnxcompress.calibration import calibrate
-from onnxcompress.canonical import to_canonical_form
 from onnxcompress.data import open_data
 from onnxcompress.errors import DataError
 from onnxcompress.graph import Graph, copy_graph, input_specs, sort_nodes
 from onnxcompress.passes.insert_qdq import InsertQdq
-from onnxcompress.placement import place
 from onnxcompress.proto import from_proto, to_proto
-from onnxcompress.qdq import insert_quantizers
+from onnxcompress.quantization.calibration import calibrate
+from onnxcompress.quantization.canonical import to_canonical_form
+from onnxcompress.quantization.placement import place
+from onnxcompress.quantization.qdq import insert_quantizers
 from onnxcompress.session import Session
 from onnxcompress.shapes import infer_shapes
 from onnxcompress.targets import CPU, OperatorRule, Role

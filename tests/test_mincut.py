@@ -5,7 +5,7 @@ from itertools import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcompress.mincut import MinCut
+from onnxcompress.quantization.mincut import MinCut
 
 Edges = list[tuple[int, int, int]]
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from onnxcompress.errors import UsageError
-from onnxcompress.observers import (
+from onnxcompress.quantization.affine import QuantScheme, Range, activation_qparams, fake_quantize
+from onnxcompress.quantization.observers import (
     OBSERVERS,
     EntropyObserver,
     Histogram,
@@ -20,7 +21,6 @@ from onnxcompress.observers import (
     PercentileObserver,
     make_observer,
 )
-from onnxcompress.quantization import QuantScheme, Range, activation_qparams, fake_quantize
 
 Array = NDArray[Any]
 

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from onnxcompress.quantization import (
+from onnxcompress.quantization.affine import (
     MAX_BIAS,
     QParams,
     QuantScheme,

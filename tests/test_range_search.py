@@ -16,11 +16,11 @@ from onnxcompress.base import Context, PassResult
 from onnxcompress.data import Dataset, open_data
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, copy_graph, input_specs
-from onnxcompress.observers import MseObserver
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.proto import from_proto, to_proto
-from onnxcompress.quantization import MAX_BIAS, QuantScheme, Range, weight_qparams
-from onnxcompress.range_search import LADDER, default_evaluations, ladder, search_ranges
+from onnxcompress.quantization.affine import MAX_BIAS, QuantScheme, Range, weight_qparams
+from onnxcompress.quantization.observers import MseObserver
+from onnxcompress.quantization.range_search import LADDER, default_evaluations, ladder, search_ranges
 from onnxcompress.recipe import parse_recipe, with_decisions
 from onnxcompress.session import Session
 

@@ -29,7 +29,14 @@ from onnxcompress.graph import Graph, input_specs
 from onnxcompress.io import save
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.proto import from_proto, to_proto
-from onnxcompress.quantization import QParams, bounded_pairs, dequantize, quantize, quantize_weight, weight_qparams
+from onnxcompress.quantization.affine import (
+    QParams,
+    bounded_pairs,
+    dequantize,
+    quantize,
+    quantize_weight,
+    weight_qparams,
+)
 from onnxcompress.recipe import load_recipe
 from onnxcompress.session import Session
 from onnxcompress.targets import CPU, CUDA, OPENVINO, TARGETS, X86_ANY, get_target

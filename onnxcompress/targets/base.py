@@ -9,7 +9,7 @@ from typing import Literal
 
 import onnx_graphsurgeon as gs
 
-from onnxcompress.quantization import QuantScheme
+from onnxcompress.quantization.affine import QuantScheme
 from onnxcompress.shapes import TensorType
 
 __all__ = ["OperatorRule", "Role", "Target", "Types", "WeightRule"]

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcompress.graph import attribute, constant_value
-from onnxcompress.quantization import QuantScheme
+from onnxcompress.quantization.affine import QuantScheme
 from onnxcompress.targets.base import OperatorRule, Role, Target, Types, WeightRule
 
 __all__ = ["CPU"]

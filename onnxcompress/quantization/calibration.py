@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, Names, copy_graph
-from onnxcompress.observers import DEFAULT_PERCENTILE, UINT8, Observer, make_observer
-from onnxcompress.quantization import QuantScheme, Range
+from onnxcompress.quantization.affine import QuantScheme, Range
+from onnxcompress.quantization.observers import DEFAULT_PERCENTILE, UINT8, Observer, make_observer
 from onnxcompress.session import Session
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def calibrate(
         graph: the float model.
         tensors: names of float tensors of the outermost graph; graph inputs are allowed.
         data: calibration samples.
-        observer: a key of :data:`~onnxcompress.observers.OBSERVERS`.
+        observer: a key of :data:`~onnxcompress.quantization.observers.OBSERVERS`.
         shared: groups of tensors that will share their parameters; the values of each group are seen as one.
         scheme: what the values become.
         percentile: for the observer ``percentile``.

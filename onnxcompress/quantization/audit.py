@@ -18,7 +18,7 @@ from typing import Any
 import onnx
 
 from onnxcompress.graph import Graph, constant_value
-from onnxcompress.placement import ALREADY, Placement, why
+from onnxcompress.quantization.placement import ALREADY, Placement, why
 from onnxcompress.session import Session
 from onnxcompress.targets import Role, Target
 

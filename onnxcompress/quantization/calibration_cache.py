@@ -25,7 +25,7 @@ from onnxcompress.destination import checked_destination
 from onnxcompress.errors import DataError, ResourceError
 from onnxcompress.graph import Graph
 from onnxcompress.io import serialize
-from onnxcompress.quantization import Range
+from onnxcompress.quantization.affine import Range
 
 __all__ = ["CalibrationKey", "graph_sha256", "read_ranges", "write_ranges"]
 

@@ -39,7 +39,7 @@ from onnxcompress.graph import (
     walk_graphs,
     walk_nodes,
 )
-from onnxcompress.quantization import MAX_BIAS
+from onnxcompress.quantization.affine import MAX_BIAS
 from onnxcompress.session import Optimization, Session
 from onnxcompress.verify import compare
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from onnxcompress.errors import DataError
 from onnxcompress.graph import Graph
-from onnxcompress.observers import HistogramObserver, MseObserver
-from onnxcompress.quantization import Range
+from onnxcompress.quantization.affine import Range
+from onnxcompress.quantization.observers import HistogramObserver, MseObserver
 from onnxcompress.session import Session
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcompress.graph import Graph, attribute, constant_value, normal_domain
-from onnxcompress.mincut import MinCut
-from onnxcompress.quantization import Range
+from onnxcompress.quantization.affine import Range
+from onnxcompress.quantization.mincut import MinCut
 from onnxcompress.shapes import TensorType, infer_shapes, node_macs
 from onnxcompress.targets import OperatorRule, Role, Target
 

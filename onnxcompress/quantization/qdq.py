@@ -30,8 +30,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxcompress.graph import Graph, Names, attribute, constant_value, remove_node
-from onnxcompress.placement import Placement, Unit, activation_bounds
-from onnxcompress.quantization import (
+from onnxcompress.quantization.affine import (
     QParams,
     Range,
     activation_qparams,
@@ -39,6 +38,7 @@ from onnxcompress.quantization import (
     quantize_weight,
     weight_qparams,
 )
+from onnxcompress.quantization.placement import Placement, Unit, activation_bounds
 from onnxcompress.targets import Role
 
 __all__ = ["class_qparams", "insert_quantizers"]
@@ -83,9 +83,9 @@ def insert_quantizers(
 
     Args:
         graph: the float graph.
-        placement: from :func:`onnxcompress.placement.place` on this very graph.
+        placement: from :func:`onnxcompress.quantization.placement.place` on this very graph.
         ranges: observed ranges of every tensor in ``placement.sources``.
-        weight_range: see :func:`onnxcompress.quantization.weight_qparams`.
+        weight_range: see :func:`onnxcompress.quantization.affine.weight_qparams`.
     """
     yield from _Writer(graph, placement, ranges, weight_range).run()
 

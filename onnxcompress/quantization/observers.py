@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxcompress.errors import UsageError
-from onnxcompress.quantization import QuantScheme, Range, activation_qparams
+from onnxcompress.quantization.affine import QuantScheme, Range, activation_qparams
 
 __all__ = [
     "OBSERVERS",
