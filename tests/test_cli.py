@@ -344,7 +344,7 @@ def test_wrong_usage_is_json_too(call: Callable[..., Result], line: str) -> None
 # Real processes
 
 
-def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     (tmp_path / "slow.py").write_text(
         "import pathlib, time\n"
         "def score(run):\n"
@@ -353,6 +353,9 @@ def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
         "    return 1.0\n"
     )
     (tmp_path / "results").mkdir()
+    # A job in the background of a script has SIGINT ignored, and hands that on to its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     line = ["compress", folder / "model.onnx", "--data", folder / "data.npz", "-o", tmp_path / "results" / "out.onnx"]
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         (tmp_path / "started").unlink(missing_ok=True)
