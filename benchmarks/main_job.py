@@ -14,15 +14,11 @@ what needs none is measured. The last line on stdout is JSON. The exit code is 1
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,23 +26,12 @@ from typing import Any
 import numpy as np
 import onnx
 from aa import random_feeds, repeat, summary
-from common import (
-    Case,
-    CasesMissingError,
-    alternate,
-    load_cases,
-    quantize_static,
-    quantize_static_input,
-    run_process,
-    save_samples,
-    table,
-    validation,
-)
+from bench import Bench, Row, interval, main, measured_on, other_rows, rounded, say, target_summary, timing
+from common import Case, alternate, quantize_static, quantize_static_input, run_process, save_samples, table
 
 import onnxcompress as oc
 from onnxcompress.base import Context
 from onnxcompress.demo import demo_model_path
-from onnxcompress.environment import describe_environment
 from onnxcompress.io import model_bytes
 from onnxcompress.session import Feeds
 from onnxcompress.targets import get_target
@@ -63,42 +48,10 @@ INTEGER_OPERATORS = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure: what was measured on what, its target in words, and whether that was met (None: no target)."""
+class MainJob(Bench):
+    """The parts of this script."""
 
-    part: str
-    case: str
-    measure: str
-    value: float
-    #: the value as it is printed, with what is needed to read it
-    text: str
-    target: str = ""
-    passed: bool | None = None
-
-    @property
-    def verdict(self) -> str:
-        """PASS, FAIL, or nothing."""
-        return {True: "PASS", False: "FAIL", None: ""}[self.passed]
-
-
-@dataclass
-class Bench:
-    """One run: its options, what several parts need, and what was found."""
-
-    folder: Path
-    quick: bool
-    rows: list[Row] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    #: measured values by part, for the JSON
-    details: dict[str, Any] = field(default_factory=dict)
-    #: load average of the machine when each part began
-    load: dict[str, float | None] = field(default_factory=dict)
-
-    @cached_property
-    def cases(self) -> Mapping[str, Case]:
-        """All cases; raises CasesMissingError."""
-        return load_cases()
+    PARTS = ("fold", "int8", "audit", "time", "memory", "aa", "cli")
 
     @cached_property
     def quantised(self) -> dict[str, oc.CompressResult]:
@@ -117,35 +70,6 @@ class Bench:
                 max_drop=None,
             )
         return results
-
-    def validation(self, name: str) -> list[dict[str, Any]]:
-        """The validation split of a case; kept in memory for the last case only."""
-        if self._validation[0] != name:
-            self._validation = (name, validation(self.cases[name]))
-        return self._validation[1]
-
-    _validation: tuple[str, list[dict[str, Any]]] = ("", [])
-
-    def add(
-        self,
-        part: str,
-        case: str,
-        measure: str,
-        value: float,
-        text: str,
-        *,
-        least: float | None = None,
-        most: float | None = None,
-        target: str = "",
-    ) -> None:
-        """Record a figure; ``least`` and ``most`` bound the values that are good."""
-        passed = None
-        if least is not None or most is not None:
-            passed = (least is None or value >= least) and (most is None or value <= most)
-            target = target or (f">= {least:g}" if least is not None else f"<= {most:g}")
-        row = Row(part, case, measure, float(value), text, target, passed)
-        self.rows.append(row)
-        say(f"{row.verdict:4s} {part}, {case}: {measure} {text} {row.target}".rstrip())
 
     # -- the parts ------------------------------------------------------------------------------------------------
 
@@ -312,26 +236,25 @@ class Bench:
         self.details["cli"] = rounded(seconds)
         self.add("cli", "--help", "seconds of the whole process", median, f"{median:.2f} s", most=0.5, target="< 0.5 s")
 
-    def run(self, parts: Sequence[str]) -> None:
-        """Run ``parts`` in order; those that need the cases are skipped where the cases are missing."""
-        for part in parts:
-            machine = describe_environment()
-            self.load[part] = machine["load_1min"]
-            if (machine["load_1min"] or 0) > 2 * (machine["usable_cores"] or 1):
-                say(f"the load average is {machine['load_1min']}: the times of {part} will be rough")
-            try:
-                getattr(self, part)()
-            except CasesMissingError as error:
-                self.skipped.append(part)
-                say(f"skipped {part}: {error}")
-
-
-PARTS = ("fold", "int8", "audit", "time", "memory", "aa", "cli")
-
-
-def say(line: str) -> None:
-    """Progress goes to stdout, at once: a run takes minutes."""
-    print(line, flush=True)
+    @classmethod
+    def markdown(cls, facts: Mapping[str, Any]) -> str:
+        """The figures as they stand in README.md: one table for INT8, a line a case, and one for the rest."""
+        rows = [Row(**row) for row in facts["rows"]]
+        parts = [measured_on(facts, "main_job.py")]
+        details = facts["details"].get("int8")
+        if details:
+            parts += [
+                "INT8 on one thread against ONNX Runtime's static quantisation (`quantize_static`: QDQ, min-max, uint8 "
+                "activations, int8 weights per channel) on the same samples; ORT / ours:",
+                table(
+                    ("case", "metric fp32", "ORT / ours", "SQNR, dB", "agreement", "time ORT / ours",
+                     "time fp32 / ours", "size / fp32"),
+                    [int8_cells(name, found) for name, found in details.items()],
+                    aligned=False,
+                ),
+            ]  # fmt: skip
+        parts += other_rows([r for r in rows if r.part != "int8" and r.measure])
+        return "\n\n".join([*parts, target_summary(rows)])
 
 
 def open_feeds(case: Case, feeds: Sequence[Mapping[str, Any]]) -> oc.Dataset:
@@ -343,84 +266,6 @@ def compress_command(model: Path, data: Path, output: Path, *options: str) -> li
     """The main job as a process, without a benchmark and without a budget that random samples might miss."""
     head: list[str | Path] = [sys.executable, "-m", "onnxcompress", "compress", model, "--data", data, "-o", output]
     return [*head, "--no-benchmark", "--max-drop", "100", "--quiet", *options]
-
-
-def interval(result: oc.BenchmarkResult) -> str:
-    """The ratio with its interval."""
-    return f"{result.ratio:.3f}x [{result.low:.3f}, {result.high:.3f}]"
-
-
-def timing(result: oc.BenchmarkResult) -> dict[str, Any]:
-    """What the JSON keeps of a comparison."""
-    names = ("ratio", "low", "high", "verdict", "sessions", "pairs", "seconds")
-    return {name: getattr(result, name) for name in names}
-
-
-def revision() -> str | None:
-    """The commit that is measured, with ``-dirty`` where the tree has changes; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
-
-
-def rounded(seconds: Sequence[float]) -> list[float]:
-    """Seconds to the millisecond."""
-    return [round(value, 3) for value in seconds]
-
-
-# -- what is printed --------------------------------------------------------------------------------------------------
-
-
-def full_table(facts: Mapping[str, Any]) -> str:
-    """Every figure with its target."""
-    rows = [Row(**row) for row in facts["rows"]]
-    cells = [(r.part, r.case, r.measure, r.text, r.target, r.verdict) for r in rows]
-    return table(("part", "case", "measure", "value", "target", ""), cells)
-
-
-def markdown(facts: Mapping[str, Any]) -> str:
-    """The figures as they stand in README.md: one table for INT8, a line a case, and one for the rest."""
-    environment = facts["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    rows = [Row(**row) for row in facts["rows"]]
-    machine = f"{environment['usable_cores']} cores of {environment['cpu']}"
-    flags = ", ".join(environment["instruction_sets"])
-    commit = f" at {facts['revision']}" if facts["revision"] else ""
-    head = (
-        f"Measured {environment['date'][:10]}{commit} by `python benchmarks/main_job.py` on {machine} ({flags}), "
-        f"Python {environment['python']}, {versions}. Times are ratios within one run{_others(facts)}."
-    )
-    parts = [head]
-    details = facts["details"].get("int8", {})
-    if details:
-        parts += [
-            "INT8 on one thread against ONNX Runtime's static quantisation (`quantize_static`: QDQ, min-max, uint8 "
-            "activations, int8 weights per channel) on the same samples; ORT / ours:",
-            table(
-                ("case", "metric fp32", "ORT / ours", "SQNR, dB", "agreement", "time ORT / ours", "time fp32 / ours",
-                 "size / fp32"),
-                [int8_cells(name, found) for name, found in details.items()],
-                aligned=False,
-            ),
-        ]  # fmt: skip
-    rest = [(r.case, r.measure, r.text, r.target, r.verdict) for r in rows if r.part != "int8" and r.measure]
-    if rest:
-        parts.append(table(("case", "measure", "value", "target", ""), rest, aligned=False))
-    missed = [f"{r.case}, {r.measure}" for r in rows if r.passed is False]
-    judged = sum(r.passed is not None for r in rows)
-    parts.append(f"{judged - len(missed)} of {judged} targets met" + "".join(f"; missed: {m}" for m in missed) + ".")
-    return "\n\n".join(parts)
-
-
-def _others(facts: Mapping[str, Any]) -> str:
-    """What to say about a machine that others used meanwhile."""
-    busiest = max((load or 0.0 for load in facts["load_1min"].values()), default=0.0)
-    if busiest <= 2 * (facts["environment"]["usable_cores"] or 1):
-        return ""
-    return f"; others used the machine meanwhile (load average up to {busiest:.0f})"
 
 
 def int8_cells(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -439,69 +284,5 @@ def int8_cells(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def parse_parts(text: str) -> tuple[str, ...]:
-    """The parts named in ``text``, in the order of the script."""
-    names = text.split(",")
-    for name in names:
-        if name not in PARTS:
-            raise argparse.ArgumentTypeError(f"unknown part {name!r}; expected some of {','.join(PARTS)}")
-    return tuple(part for part in PARTS if part in names)
-
-
-def merged(facts: dict[str, Any], path: Path) -> dict[str, Any]:
-    """``facts`` with the parts that were not run taken from an earlier run on the same machine and commit."""
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    same = all(earlier["environment"][key] == facts["environment"][key] for key in ("cpu", "versions", "python"))
-    if not same or earlier["revision"] != facts["revision"] or earlier["quick"] != facts["quick"]:
-        raise SystemExit(f"{path} is of another machine, version, commit or kind of run; run all parts again")
-    ran = {row["part"] for row in facts["rows"]}
-    rows = [row for row in earlier["rows"] if row["part"] not in ran] + facts["rows"]
-    rows.sort(key=lambda row: PARTS.index(row["part"]))
-    return facts | {
-        "rows": rows,
-        "details": earlier["details"] | facts["details"],
-        "load_1min": earlier["load_1min"] | facts["load_1min"],
-    }
-
-
-def main() -> int:
-    """Measure, print, and tell by the exit code whether all targets were met."""
-    parser = argparse.ArgumentParser(description="Measure the main job on real models and hold it against its targets.")
-    parser.add_argument("--only", type=parse_parts, default=PARTS, metavar="PART,...", help=",".join(PARTS))
-    parser.add_argument("--quick", action="store_true", help="fewer samples and repetitions; the figures are rough")
-    parser.add_argument("--output", type=Path, help="write the JSON to this file too")
-    parser.add_argument("--update", action="store_true", help="keep the parts of --output that are not run")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="print the tables of an earlier run and stop")
-    arguments = parser.parse_args()
-    if arguments.markdown is not None:
-        print(markdown(json.loads(arguments.markdown.read_text(encoding="utf-8"))))
-        return 0
-    environment = describe_environment()
-    with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
-        bench = Bench(Path(folder), arguments.quick)
-        bench.run(arguments.only)
-    facts: dict[str, Any] = {
-        "environment": environment,
-        "revision": revision(),
-        "quick": arguments.quick,
-        "skipped": bench.skipped,
-        "load_1min": bench.load,
-        "rows": [asdict(row) for row in bench.rows],
-        "details": bench.details,
-    }
-    if arguments.update and arguments.output is not None and arguments.output.is_file():
-        facts = merged(facts, arguments.output)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    say(full_table(facts))
-    if bench.skipped:
-        say(f"skipped, since the real models are missing: {', '.join(bench.skipped)}")
-    missed = sum(row["passed"] is False for row in facts["rows"])
-    say(f"{missed} targets missed")
-    print(json.dumps(facts | {"failed": missed}))
-    return 1 if missed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(MainJob, "Measure the main job on real models and hold it against its targets."))
