@@ -48,11 +48,14 @@ class Row:
     text: str
     target: str = ""
     passed: bool | None = None
+    #: whether what is aimed at beyond the target was reached (None: nothing is)
+    aim: bool | None = None
 
     @property
     def verdict(self) -> str:
-        """PASS, FAIL, or nothing."""
-        return {True: "PASS", False: "FAIL", None: ""}[self.passed]
+        """PASS, FAIL, or nothing; and what became of the aim."""
+        aim = {True: ", aim met", False: ", aim missed", None: ""}[self.aim]
+        return {True: "PASS", False: "FAIL", None: ""}[self.passed] + aim
 
 
 @dataclass
@@ -61,6 +64,8 @@ class Bench:
 
     #: names of the parts, in order
     PARTS: ClassVar[tuple[str, ...]] = ()
+    #: those of them that run only where they are named
+    ON_REQUEST: ClassVar[tuple[str, ...]] = ()
 
     folder: Path
     options: argparse.Namespace
@@ -130,15 +135,19 @@ class Bench:
         least: float | None = None,
         most: float | None = None,
         target: str = "",
+        aim: float | None = None,
     ) -> None:
-        """Record a figure; ``least`` and ``most`` bound the values that are good."""
+        """Record a figure; ``least`` and ``most`` bound the values that are good, ``aim`` those that are hoped for."""
         passed = None
         if least is not None or most is not None:
             passed = (least is None or value >= least) and (most is None or value <= most)
             target = target or (f">= {least:g}" if least is not None else f"<= {most:g}")
-        row = Row(part, case, measure, float(value), text, target, passed)
+        reached = None if aim is None else value >= aim
+        if aim is not None:
+            target += f"; aim {aim:g}"
+        row = Row(part, case, measure, float(value), text, target, passed, reached)
         self.rows.append(row)
-        say(f"{row.verdict:4s} {part}, {case}: {measure} {text} {row.target}".rstrip())
+        say(f"{row.verdict or '    '} {part}, {case}: {measure} {text} {row.target}".rstrip())
 
     def run(self, parts: Sequence[str]) -> None:
         """Run ``parts`` in order; those that need the cases are skipped where the cases are missing."""
@@ -252,8 +261,9 @@ def some_of(names: Sequence[str], what: str) -> Callable[[str], tuple[str, ...]]
 def main(bench: type[Bench], description: str) -> int:
     """Measure, print, and tell by the exit code whether all targets were met."""
     parts = bench.PARTS
+    usual = tuple(part for part in parts if part not in bench.ON_REQUEST)
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--only", type=some_of(parts, "part"), default=parts, metavar="PART,...", help=",".join(parts))
+    parser.add_argument("--only", type=some_of(parts, "part"), default=usual, metavar="PART,...", help=",".join(parts))
     parser.add_argument("--quick", action="store_true", help="fewer samples and repetitions; the figures are rough")
     parser.add_argument("--output", type=Path, help="write the JSON to this file too")
     parser.add_argument("--update", action="store_true", help="keep what --output holds and this run does not measure")

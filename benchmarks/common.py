@@ -24,6 +24,7 @@ __all__ = [
     "ProcessRun",
     "alternate",
     "load_cases",
+    "measure_process",
     "quantize_static",
     "quantize_static_input",
     "run_process",
@@ -137,23 +138,46 @@ def quantize_static(prepared: Path, batches: Iterable[Feeds], output: Path) -> P
 
 # -- processes --------------------------------------------------------------------------------------------------------
 
-#: Runs a command and prints its return code, seconds and peak. A process starts with the peak of the one that started
-#: it, so this small one goes in between.
+#: Runs a command and prints its return code, seconds, peak and output. A process starts with the peak of the one that
+#: started it, so this small one goes in between.
 _LAUNCHER = """
 import json, resource, subprocess, sys, time
+limit = float(sys.argv[1]) or None
 start = time.perf_counter()
-code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+try:
+    done = subprocess.run(sys.argv[2:], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=limit)
+    code, said = done.returncode, (done.stdout, done.stderr)
+except subprocess.TimeoutExpired:
+    code, said = None, (b"", b"no answer within %d seconds" % limit)
 seconds = time.perf_counter() - start
-print(json.dumps([code, seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps([code, seconds, peak, *(text.decode(errors="replace") for text in said)]))
 """
 
 
 @dataclass(frozen=True)
 class ProcessRun:
-    """A whole process: wall time, and the largest resident memory."""
+    """A whole process: wall time, the largest resident memory, and how it ended."""
 
     seconds: float
     peak_mib: float
+    #: exit code; None where it was stopped because it took too long
+    code: int | None
+    stdout: str
+    stderr: str
+
+
+def measure_process(command: Sequence[str | os.PathLike[str]], limit: float = 0.0) -> ProcessRun:
+    """Run ``command`` to its end, or for ``limit`` seconds where that is not 0, and measure it."""
+    words = [os.fspath(word) for word in command]
+    launched = subprocess.run(
+        [sys.executable, "-S", "-c", _LAUNCHER, str(limit), *words], capture_output=True, text=True, check=False
+    )
+    if launched.returncode != 0:
+        return ProcessRun(0.0, 0.0, launched.returncode, "", launched.stderr)
+    code, seconds, peak, stdout, stderr = json.loads(launched.stdout)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return ProcessRun(float(seconds), float(peak) / unit, code, stdout, stderr)
 
 
 def run_process(command: Sequence[str | os.PathLike[str]]) -> ProcessRun:
@@ -162,15 +186,11 @@ def run_process(command: Sequence[str | os.PathLike[str]]) -> ProcessRun:
     Raises:
         SystemExit: it failed; what it said is part of the message.
     """
-    words = [os.fspath(word) for word in command]
-    launched = subprocess.run(
-        [sys.executable, "-S", "-c", _LAUNCHER, *words], capture_output=True, text=True, check=False
-    )
-    code, seconds, peak = json.loads(launched.stdout) if launched.returncode == 0 else (launched.returncode, 0.0, 0.0)
-    if code != 0:
-        raise SystemExit(f"exit code {code} of {' '.join(words)}: {launched.stderr.strip()[-2000:]}")
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return ProcessRun(float(seconds), float(peak) / unit)
+    run = measure_process(command)
+    if run.code != 0:
+        words = " ".join(os.fspath(word) for word in command)
+        raise SystemExit(f"exit code {run.code} of {words}: {run.stderr.strip()[-2000:]}")
+    return run
 
 
 def alternate(
