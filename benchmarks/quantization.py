@@ -318,7 +318,7 @@ class Quantization(Bench):
         self.add(name, name, "agreement", share, f"{share:.2%}", least=target.agreement)
         text = f"{record['metric']:.4f}, {record['drop']:.2f} points below fp32"
         self.add(name, name, "drop of the metric", record["drop"], text, most=target.drop)
-        self.add(name, name, "size / fp32", record["size"], f"{record['size']:.3f}", most=target.size)
+        self.add(name, name, "size / fp32", record["size"], f"{record['size']:.4f}", most=target.size)
         text = f"{record['seconds']:.1f} s, peak {record['peak_gib']:.2f} GiB"
         self.add(name, name, "the whole command", record["seconds"], text, most=target.seconds)
         self.against_rival(name, target)

@@ -12,9 +12,14 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 
 def prepared(job: Job) -> str:
-    """The model with its shapes inferred and its graph optimised."""
+    """The model with its shapes inferred and its graph optimised; its symbolic inference gives up on some models."""
     output: Path = job.folder / "prepared.onnx"
-    quant_pre_process(str(job.model), str(output))
+    try:
+        quant_pre_process(str(job.model), str(output))
+    except Exception as error:  # it raises no other
+        if "Incomplete symbolic shape inference" not in str(error):
+            raise
+        quant_pre_process(str(job.model), str(output), skip_symbolic_shape=True)
     return str(output)
 
 
