@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from models import BY_NAME, HAZARDS, make_feeds
+from models import BY_NAME, HAZARDS, Net, image, make_feeds
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from random_graphs import random_model
@@ -37,6 +37,7 @@ from onnxcompress.quantization.affine import (
     quantize_weight,
     weight_qparams,
 )
+from onnxcompress.quantization.placement import place, why
 from onnxcompress.recipe import load_recipe
 from onnxcompress.session import Session
 from onnxcompress.targets import CPU, CUDA, OPENVINO, TARGETS, X86_ANY, get_target
@@ -337,3 +338,20 @@ def test_openvino_runs_real_models_as_integers(name: str, cases: Mapping[str, An
     graph = load_recipe("lossless").pipeline()(from_proto(onnx.load(cases[name].model))).graph
     (feeds,) = cases[name].calibration(samples=32, batch=32)
     assert_runs_as_integers(graph, dict(feeds), tmp_path / "model.onnx", 27)
+
+
+# ---- placement on cpu --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "integer"), [(0.3, False), (0.0, True)])
+def test_constants_are_not_joined_to_values_in_one_scale(value: float, integer: bool) -> None:
+    """A class token among patches of a wider range would keep few levels; zeros lose nothing."""
+    net = Net()
+    patches = net.conv(image(net, batch=1), 3, 4)
+    joined = net.add("Concat", net.const(np.full((1, 1, 8, 8), value, np.float32)), patches, axis=1)
+    net.conv(joined, 5, 4, to="y")
+    net.output("y", [1, 4, 8, 8])
+    graph = from_proto(net.model())
+    (unit,) = [unit for unit in place(graph, CPU).units if unit.node.op == "Concat"]
+    assert unit.integer is integer
+    assert integer or "class token" in why(unit)

@@ -132,7 +132,12 @@ def _pad(node: gs.Node, types: Types, opset: int) -> str | None:
 
 
 def _concat(node: gs.Node, types: Types, opset: int) -> str | None:
-    return "it has a single input" if len(node.inputs) < 2 else None
+    if len(node.inputs) < 2:
+        return "it has a single input"
+    constants = [constant_value(t) for t in node.inputs]
+    if any(value is not None and np.any(value) for value in constants):
+        return "it joins constants to values, whose range would leave them little resolution, as a class token's"
+    return None
 
 
 def _where(node: gs.Node, types: Types, opset: int) -> str | None:
