@@ -263,7 +263,9 @@ def _before_after(result: CompressResult, after: Any) -> Table:
         table.add_row(metric.name, f"{metric.original:.4f}", f"{metric.result:.4f}", change)
     if result.verification is not None:
         samples = result.verification.samples
-        table.caption = f"outputs judged on {samples} samples ({result.verification.source})"
+        table.caption = (
+            f"outputs judged on {samples} sample{'' if samples == 1 else 's'} ({result.verification.source})"
+        )
         if timing is not None:
             table.caption += "; in brackets the 95 % interval"
         table.caption_justify = "left"

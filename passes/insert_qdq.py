@@ -25,7 +25,7 @@ from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass
 from onnxcompress.destination import checked_destination
 from onnxcompress.environment import cpu_flags, has_int8_dot_product
 from onnxcompress.errors import DataError, UsageError
-from onnxcompress.graph import Graph, copy_graph, replace_contents, sort_nodes
+from onnxcompress.graph import Graph, copy_graph, normal_domain, replace_contents, sort_nodes
 from onnxcompress.opset import raise_opset
 from onnxcompress.quantization.affine import Range
 from onnxcompress.quantization.audit import FusionAudit, audit
@@ -41,6 +41,7 @@ from onnxcompress.targets import Target, get_target
 
 __all__ = ["InsertQdq"]
 
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _HERE = {True: "this one has it", False: "this one does not", None: "this one is not known"}
 
 
@@ -98,6 +99,7 @@ class InsertQdq(Pass):
     def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
         """Place, calibrate, write, audit; strip what the runtime did not make integer, and audit once more."""
         target = get_target(context.target)
+        _warn_of_quantizers(graph if context.original is None else context.original, context)
         if graph.opset < target.minimum_opset and _has_candidates(graph, target, self):
             before = graph.opset
             raise_opset(graph, target.minimum_opset)
@@ -109,6 +111,7 @@ class InsertQdq(Pass):
         prepared = copy_graph(graph)
         placement = self._place(prepared, target, ())
         ranges = yield from self._ranges(prepared, placement, target, context)
+        _warn_of_empty_inputs(prepared, ranges, context)
         changes = _write(prepared, placement, ranges, self.weight_range)
         stripped: dict[str, str] = {}
         if self.audit and target.audited:
@@ -303,6 +306,24 @@ def _warn_about(proof: FusionAudit, context: Context) -> None:
     if proof.mismatches:
         names = ", ".join(m.node for m in proof.mismatches[:5])
         context.warn(f"{len(proof.mismatches)} nodes did not become integer as planned: {names}")
+
+
+def _warn_of_empty_inputs(graph: Graph, ranges: Mapping[str, Range], context: Context) -> None:
+    """Arrays that were never filled calibrate without an error."""
+    for tensor in graph.inputs:
+        found = ranges.get(tensor.name)
+        if found is not None and found.low == found.high == 0.0:
+            context.warn(f"all values of input {tensor.name!r} in the data are 0: the ranges are no real sample's")
+
+
+def _warn_of_quantizers(graph: Graph, context: Context) -> None:
+    """A file that was quantised before gains nothing from a second time."""
+    count = sum(node.op in _QUANTIZERS and normal_domain(node) == "" for node in graph.nodes)
+    if count:
+        context.warn(
+            f"the model is quantised already ({count} QuantizeLinear or DequantizeLinear nodes), and what they touch "
+            "stays as it is; give the float model to quantise it anew"
+        )
 
 
 def _warn_of_the_target(placement: Placement, context: Context) -> None:

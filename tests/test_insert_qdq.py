@@ -535,3 +535,21 @@ def test_the_runtime_leaves_the_weights_of_float_operators_alone(kind: str, bias
     feeds = samples(graph)
     unoptimised = Session(result.graph, optimization="disabled").run(feeds)["y"]
     assert sqnr(unoptimised, Session(result.graph).run(feeds)["y"]) > 30
+
+
+def test_what_can_have_been_meant_otherwise_is_told() -> None:
+    """A model that is quantised already, and arrays that were never filled."""
+    graph = build([conv("x", "y")], {"w": weight(4, 4, 3, 3)}, IMAGE, ["y"])
+    first, context = quantise(graph)
+    assert not [w for w in context.warnings if "quantised already" in w or "are 0" in w]
+    _, context = quantise(first.graph)
+    assert [w for w in context.warnings if "the model is quantised already (5 Q" in w]
+
+    empty = Context(data=open_data({"x": np.zeros((4, 4, 8, 8), np.float32)}, input_specs(graph)))
+    InsertQdq()(graph, empty)
+    assert [w for w in empty.warnings if "all values of input 'x' in the data are 0" in w]
+
+    # A pass that repeats in a recipe meets its own work, which is no news.
+    again = Context(original=graph, data=open_data(samples(graph), input_specs(graph)))
+    InsertQdq()(first.graph, again)
+    assert not [w for w in again.warnings if "quantised already" in w]

@@ -1,4 +1,4 @@
-"""AIMET: its simulation at the defaults, BatchNormalization folded first as its guide has it, weights written as int8."""
+"""AIMET: its simulation at the defaults, BatchNormalization folded first as its guide has it, int8 weights written."""
 
 from __future__ import annotations
 
