@@ -11,6 +11,7 @@ stdout is JSON: the tool's version, the versions beneath it, and the seconds tha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import shutil
@@ -98,9 +99,11 @@ def main(distribution: str, variants: Mapping[str, Callable[[Job], None]]) -> No
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="peer-") as folder:
         model = Path(shutil.copy(arguments.model, Path(folder) / "model.onnx"))
-        start = time.perf_counter()
-        variants[arguments.variant](Job(model, arguments.data.resolve(), arguments.output.resolve()))
-        seconds = time.perf_counter() - start
+        job = Job(model, arguments.data.resolve(), arguments.output.resolve())
+        with contextlib.chdir(folder):  # some tools leave files wherever they run, weights among them
+            start = time.perf_counter()
+            variants[arguments.variant](job)
+            seconds = time.perf_counter() - start
     print(
         json.dumps(
             {
