@@ -28,6 +28,7 @@ from onnxcompress.shapes import GraphStats, graph_stats
 
 if TYPE_CHECKING:
     from onnxcompress.data import Dataset
+    from onnxcompress.quantization.variants import Variants
 
 __all__ = [
     "Change",
@@ -165,6 +166,8 @@ class Context:
     #: the float graph as the quantising pass of this run was given it: it computes what ``original`` does, but its
     #: tensors may be scaled (equalize_layers), and so are those of the quantised graph
     reference: Graph | None = None
+    #: what the quantising pass of this run made its graph from, to write it again with other layers float
+    variants: Variants | None = None
     #: threads of the sessions that calibrate and verify; 0: as many as the runtime chooses
     threads: int = 0
     warnings: list[str] = field(default_factory=list)

@@ -32,7 +32,7 @@ from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_
 from onnxcompress.session import Session, import_onnxruntime
 from onnxcompress.shapes import graph_stats
 from onnxcompress.targets import get_target
-from onnxcompress.verify import OutputComparison, check_equivalent, compare
+from onnxcompress.verify import OutputComparison, agreement, check_equivalent, compare
 
 if TYPE_CHECKING:
     from onnxcompress.data import Preprocess
@@ -109,8 +109,7 @@ class Verification:
 
         An output that may hold one row of scores a sample goes first.
         """
-        known = sorted((o for o in self.outputs if o.same_argmax is not None), key=lambda o: not o.score_rows)
-        return known[0].same_argmax if known else None
+        return agreement(self.outputs)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from onnxcompress.errors import DataError, ModelError, OnnxCompressError, UsageE
 from onnxcompress.graph import Graph
 from onnxcompress.session import Optimization, Session
 
-__all__ = ["OutputComparison", "Run", "check_equivalent", "compare"]
+__all__ = ["OutputComparison", "Run", "agreement", "check_equivalent", "compare"]
 
 #: feeds in, {output name: array} out
 Run = Callable[[dict[str, NDArray[Any]]], Mapping[str, Any]]
@@ -134,6 +134,15 @@ def check_equivalent(
             "a guarantee was broken, please report it with the model"
         )
     return results
+
+
+def agreement(outputs: Iterable[OutputComparison]) -> float | None:
+    """Share with the same argmax, of the first output that has classes; None where none has.
+
+    An output that may hold one row of scores a sample goes first.
+    """
+    known = sorted((o for o in outputs if o.same_argmax is not None), key=lambda o: not o.score_rows)
+    return known[0].same_argmax if known else None
 
 
 def _error(result: OutputComparison) -> float:

@@ -36,6 +36,7 @@ from onnxcompress.quantization.observers import CLIPPING_WEIGHT, MseObserver
 from onnxcompress.quantization.placement import Placement, place, why
 from onnxcompress.quantization.qdq import insert_quantizers
 from onnxcompress.quantization.range_search import RangeSearch, default_evaluations, ladder, search_ranges
+from onnxcompress.quantization.variants import Variants
 from onnxcompress.shapes import TensorType, infer_shapes, node_macs
 from onnxcompress.targets import Target, get_target
 
@@ -127,6 +128,7 @@ class InsertQdq(Pass):
             yield Detail("audit", proof.to_dict())
             _warn_about(proof, context)
         context.reference = copy_graph(graph)
+        context.variants = self._variants(context.reference, placement, ranges, tuple(stripped))
         replace_contents(graph, prepared)
         _warn_of_the_target(placement, context)
 
@@ -141,6 +143,19 @@ class InsertQdq(Pass):
             yield Decision("ranges", {name: [ranges[name].low, ranges[name].high] for name in _sources(placement)})
         if stripped:
             yield Decision("exclude_nodes", [*self.exclude_nodes, *stripped])
+
+    def _variants(
+        self, graph: Graph, placement: Placement, ranges: Mapping[str, Range], stripped: tuple[str, ...]
+    ) -> Variants:
+        return Variants(
+            graph,
+            placement.target,
+            (*self.exclude_nodes, *stripped),
+            self.exclude_operators,
+            ranges,
+            placement.types,
+            self.weight_range,
+        )
 
     def _place(
         self, graph: Graph, target: Target, stripped: tuple[str, ...], types: Mapping[str, TensorType] | None = None

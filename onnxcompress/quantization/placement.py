@@ -26,7 +26,18 @@ from onnxcompress.quantization.mincut import MinCut
 from onnxcompress.shapes import TensorType, infer_shapes, node_macs
 from onnxcompress.targets import OperatorRule, Role, Target
 
-__all__ = ["ALREADY", "Placement", "Unit", "activation_bounds", "explain", "place", "why"]
+__all__ = [
+    "ALREADY",
+    "Island",
+    "Placement",
+    "Unit",
+    "activation_bounds",
+    "explain",
+    "find_islands",
+    "place",
+    "saved_nanoseconds",
+    "why",
+]
 
 # Nanoseconds on one thread of an AVX512-VNNI server core; only their proportions matter.
 _QUANTIZE_NS = 0.25  # per element
@@ -194,6 +205,58 @@ def why(unit: Unit) -> str:
     if unit.integer and unit.rule is not None:
         return f"becomes {unit.rule.integer_ops[0]}"
     return unit.reason or _NO_GAIN
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a placement is estimated to be worth
+
+
+def saved_nanoseconds(placement: Placement, macs: Mapping[str, int]) -> float:
+    """Estimated time that a run saves over floats, conversions paid; only proportions mean something.
+
+    Args:
+        placement: from :func:`place`.
+        macs: multiply-accumulates by node, see :func:`onnxcompress.shapes.node_macs`.
+    """
+    gain = sum(_gain(unit, placement, macs) for unit in placement.integer_units)
+    return gain - sum(_conversion_cost(name, placement) for name in placement.quantized)
+
+
+def _conversion_cost(name: str, placement: Placement) -> float:
+    size = _size(name, placement.types)
+    if placement.writes_float(name):
+        return _QUANTIZE_NS * size + _NODE_NS
+    floats = sum(not reader.integer for reader in placement.consumers.get(name, [])) + (name in placement.outputs)
+    return floats * (_DEQUANTIZE_NS * size + _NODE_NS)
+
+
+@dataclass(frozen=True)
+class Island:
+    """A connected region of integer units between floats.
+
+    Attributes:
+        units: in graph order.
+        gain: nanoseconds that its operators are estimated to save.
+        conversions: nanoseconds that its borders are estimated to cost.
+    """
+
+    units: tuple[Unit, ...]
+    gain: float
+    conversions: float
+
+
+def find_islands(placement: Placement, macs: Mapping[str, int]) -> list[Island]:
+    """The regions of integer units that are connected by integer tensors, in graph order."""
+    roots = _regions(placement)
+    members: dict[int, list[Unit]] = {}
+    for unit in placement.integer_units:
+        members.setdefault(roots[id(unit)], []).append(unit)
+    islands = []
+    for units in members.values():
+        names = dict.fromkeys(t.name for unit in units for t in (*unit.inputs, *unit.outputs))
+        conversions = sum(_conversion_cost(name, placement) for name in names if name in placement.quantized)
+        islands.append(Island(tuple(units), sum(_gain(u, placement, macs) for u in units), conversions))
+    return islands
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -403,6 +466,18 @@ def _drop_regions_without_weights(placement: Placement) -> None:
 
     Element-wise integers save little, and every one of them rounds.
     """
+    roots = _regions(placement)
+    worth = {
+        roots[id(unit)] for unit in placement.integer_units if unit.rule is not None and unit.rule.role is Role.COMPUTE
+    }
+    for unit in placement.integer_units:
+        if roots[id(unit)] not in worth:
+            unit.integer = False
+            unit.reason = "no convolution or matrix product is integer next to it"
+
+
+def _regions(placement: Placement) -> dict[int, int]:
+    """By ``id()`` of each integer unit, what stands for the region of integer units that it is connected with."""
     parent = {id(unit): id(unit) for unit in placement.integer_units}
 
     def find(key: int) -> int:
@@ -416,13 +491,7 @@ def _drop_regions_without_weights(placement: Placement) -> None:
             for reader in placement.consumers.get(tensor.name, []):
                 if reader.integer:
                     parent[find(id(reader))] = find(id(unit))
-    worth = {
-        find(id(unit)) for unit in placement.integer_units if unit.rule is not None and unit.rule.role is Role.COMPUTE
-    }
-    for unit in placement.integer_units:
-        if find(id(unit)) not in worth:
-            unit.integer = False
-            unit.reason = "no convolution or matrix product is integer next to it"
+    return {key: find(key) for key in parent}
 
 
 def _gain(unit: Unit, placement: Placement, macs: Mapping[str, int]) -> float:
