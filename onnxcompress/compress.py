@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from onnxcompress.base import Context, Guarantee, PassReport, Progress, SilentProgress
 from onnxcompress.benchmark import BenchmarkResult, benchmark
+from onnxcompress.budget import BudgetedRun, run_within_budget
 from onnxcompress.data import Dataset, open_data, synthetic_data
 from onnxcompress.destination import checked_destination
 from onnxcompress.errors import AccuracyError, DataError, ModelError, OnnxCompressError, SlowerError, UsageError
@@ -28,6 +29,8 @@ from onnxcompress.evaluate import Evaluator, LabelRanks, checked_metric, label_r
 from onnxcompress.graph import Graph, input_specs, model_info
 from onnxcompress.inspect_model import PlannedNode, plan, total_macs
 from onnxcompress.io import SavedModel, load, model_bytes, save
+from onnxcompress.islands import TimedIslands
+from onnxcompress.quantization.gauge import Goal
 from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_decisions, with_exclusions
 from onnxcompress.session import Session, import_onnxruntime
 from onnxcompress.shapes import graph_stats
@@ -156,6 +159,14 @@ class CompressResult:
     warnings: tuple[str, ...] = ()
     #: seconds by stage
     seconds: Mapping[str, float] = field(default_factory=dict)
+    #: samples by what they were for: "calibration", "search", "evaluation"; none is in two of them
+    samples: Mapping[str, int] = field(default_factory=dict)
+    #: how the accuracy budget was searched; None where nothing had to be
+    search: Mapping[str, Any] | None = None
+    #: integer regions that were timed, and which of them returned to float
+    islands: tuple[TimedIslands, ...] = ()
+    #: by node that returned to float, why
+    returned: Mapping[str, str] = field(default_factory=dict)
     #: the budget that was missed, where ``check=False`` asked not to raise it
     failure: OnnxCompressError | None = None
 
@@ -327,6 +338,8 @@ class _Job:
     work_dir: Path
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    #: what ran, once it has
+    budgeted: BudgetedRun | None = None
     #: what the passes read
     data: Dataset | None = None
     #: what the result is judged by
@@ -371,6 +384,8 @@ class _Job:
             count = samples if samples is not None else SYNTHETIC_SAMPLES
             self.data = synthetic_data(specs, graph=graph, samples=count, batch=batch or 1, seed=self.seed)
         if eval_data is not None:
+            if _same_file(data, eval_data):
+                self.warn("data and evaluation data are the same file: the result is judged on what calibrated it")
             self.eval_source = "eval-data"
             self.eval_data = open_data(eval_data, specs, batch=batch, preprocess=preprocess, work_dir=self.work_dir)
         elif data is None:
@@ -435,11 +450,15 @@ class _Job:
             threads=self.threads,
             warnings=self.warnings,
         )
+        asked = not isinstance(self.max_drop, str | None)
         with self.timed("passes"):
-            done = self.recipe.pipeline()(graph, context)
+            self.budgeted = run_within_budget(
+                self.recipe, graph, context, self.goals(), asked=asked, time_it=self.benchmark
+            )
+        done = self.budgeted.result
         for message in unmatched_exclusions(self.recipe, (graph, done.graph)):
             self.warn(message)
-        recipe = with_decisions(self.recipe, done.report)
+        recipe = with_decisions(self.budgeted.recipe, done.report)
         provenance = {"recipe": recipe.to_yaml()}
         if done.kept:
             provenance["kept"] = json.dumps(done.kept, sort_keys=True)
@@ -452,7 +471,11 @@ class _Job:
                 recipe=recipe,
                 report=done.report,
                 after=_size(done.graph, staged.bytes),
-                audit=audits[-1] if audits else None,
+                audit=_with_reasons(audits[-1], self.budgeted.returned) if audits else None,
+                samples=self.sample_counts(),
+                search=self.budgeted.search,
+                islands=tuple(self.budgeted.islands),
+                returned=self.budgeted.returned,
             )
             result = self.judged(result, staged)
             if result.failure is None or self.force:
@@ -467,6 +490,28 @@ class _Job:
                     )
                 result = replace(result, saved=saved, failure=None)
         return replace(result, warnings=tuple(self.warnings))
+
+    def goals(self) -> list[Goal]:
+        """What a search of layers is held to: as near to the budget of the end as calibration samples can tell."""
+        if self.max_drop is None or not self.verify or self.data is None:
+            return []
+        metric = self.evaluate is not None or (self.eval_data is not None and self.eval_data.has_labels)
+        if self.max_drop == "auto":
+            if self.evaluate is not None or not metric:
+                return [Goal("SQNR", LEAST_SQNR)]
+            return [Goal("top-1" if self.data.has_labels else "expected top-1", DEFAULT_DROP, lenient=True)]
+        if not metric:
+            return [Goal("agreement", self.max_drop)]
+        if self.data.has_labels:
+            return [Goal("top-1", self.max_drop)]
+        return [Goal("cosine" if self.evaluate is not None else "expected top-1", self.max_drop)]
+
+    def sample_counts(self) -> dict[str, int]:
+        """Samples by what they were for."""
+        counts = dict(self.budgeted.samples) if self.budgeted is not None else {}
+        if self.eval_data is not None and self.eval_data is not self.data:
+            counts["evaluation"] = self.eval_data.samples
+        return counts
 
     # -- judging ----------------------------------------------------------------------------------------------------
 
@@ -587,17 +632,21 @@ class _Job:
     def missed(self, budget: Budget, verification: Verification) -> str:
         """What to say about a missed budget."""
         on = f" on {verification.samples} samples ({verification.source})" if self.evaluate is None else ""
+        searched = self.budgeted.missed if self.budgeted is not None else None
+        told = f"; also on the samples of the search {searched}" if searched is not None else ""
         if budget.basis == "SQNR":
             first = next(o for o in verification.outputs if o.equal_elements is None)
             return (
                 f"output {first.name!r} kept {budget.found:.1f} dB SQNR{on}, below {budget.limit:g} dB: the result "
-                "computes something else; exclude operators, use --recipe lossless, or --force it"
+                f"computes something else{told}; exclude operators, use --recipe lossless, or --force it"
             )
         hint = "use --eval-data or --evaluate, " if self.evaluate is None and self.eval_source == "held-out" else ""
         what = "agreement with the original" if budget.basis == "agreement" else budget.basis
+        automatic = self.max_drop == "auto" and (self.budgeted is None or self.budgeted.search is None)
+        drop = "give --max-drop to let layers return to float" if automatic else "raise --max-drop"
         return (
-            f"{what} is {budget.found:.2f} points lower{on}, the budget is {_points(budget.limit)}; "
-            f"{hint}raise --max-drop, exclude operators or --force it"
+            f"{what} is {budget.found:.2f} points lower{on}, the budget is {_points(budget.limit)}{told}; "
+            f"{hint}{drop}, exclude operators or --force it"
         )
 
     def timing(self, staged: SavedModel) -> BenchmarkResult:
@@ -635,6 +684,17 @@ def slower_error(timing: BenchmarkResult, limit: float) -> SlowerError | None:
 
 def _interval(timing: BenchmarkResult) -> str:
     return f"{timing.ratio:.2f}x the original's, 95 % interval {timing.low:.2f} to {timing.high:.2f}"
+
+
+def _with_reasons(audit: Mapping[str, Any], returned: Mapping[str, str]) -> Mapping[str, Any]:
+    """``audit`` with the reasons of those nodes that returned to float by measurement."""
+    floats = [{**node, "reason": returned.get(node["node"], node["reason"])} for node in audit["floats"]]
+    return {**audit, "floats": floats}
+
+
+def _same_file(data: Any, eval_data: Any) -> bool:
+    paths = [Path(p) for p in (data, eval_data) if isinstance(p, str | os.PathLike)]
+    return len(paths) == 2 and all(p.exists() for p in paths) and paths[0].samefile(paths[1])
 
 
 def _points(value: float) -> str:

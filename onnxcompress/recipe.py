@@ -60,7 +60,7 @@ RECIPES: Mapping[str, str] = {
 #: bytes; a recipe of a hundred passes with decisions is far below
 SIZE_LIMIT = 1 << 20
 
-_KEYS = ("version", "target", "seed", "passes")
+_KEYS = ("version", "target", "seed", "held_out", "passes")
 _Path = tuple[str | int, ...]
 
 
@@ -72,6 +72,8 @@ class Recipe:
     target: str = "cpu"
     seed: int | None = None
     version: int = 1
+    #: share of the calibration samples that no pass sees, because a search was, or is, held to them (None: none)
+    held_out: float | None = None
     #: what the recipe was loaded from, for messages; no part of the recipe
     source: str = field(default="recipe", compare=False)
 
@@ -91,6 +93,8 @@ class Recipe:
         head: dict[str, Any] = {"version": self.version, "target": self.target}
         if self.seed is not None:
             head["seed"] = self.seed
+        if self.held_out is not None:
+            head["held_out"] = self.held_out
         passes = [{p.name: p.model_dump(mode="json", exclude_defaults=True)} for p in self.passes]
         return {**head, "passes": passes}
 
@@ -176,11 +180,14 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
     seed = data.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise document.error(("seed",), f"expected an integer >= 0, found {seed!r}")
+    share = data.get("held_out")
+    if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1):
+        raise document.error(("held_out",), f"expected a number between 0 and 1, found {share!r}")
     entries = data.get("passes")
     if not isinstance(entries, list) or not entries:
         raise document.error(("passes",), "expected a list of passes, each `name: {options}` or a bare name")
     passes = tuple(_read_pass(document, i, entry) for i, entry in enumerate(entries))
-    return Recipe(passes, target, seed, 1, source)
+    return Recipe(passes, target, seed, 1, share, source)
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from onnxcompress.benchmark import BenchmarkResult
     from onnxcompress.compress import CompressResult
     from onnxcompress.inspect_model import Inspection, PlannedNode
+    from onnxcompress.islands import TimedIslands
     from onnxcompress.verify import OutputComparison
 
 __all__ = [
@@ -96,6 +97,10 @@ def compress_report(result: CompressResult) -> dict[str, Any]:
             {"name": m.name, "original": m.original, "result": m.result, "drop_points": m.drop} for m in result.metrics
         ],
         "budget": None if budget is None else {**asdict(budget), "met": budget.met},
+        "samples": dict(result.samples),
+        "search": result.search,
+        "islands": [island.to_dict() for island in result.islands],
+        "returned": dict(result.returned),
         "audit": result.audit,
         "benchmark": None if result.benchmark is None else result.benchmark.to_dict(),
         "warnings": list(result.warnings),
@@ -201,6 +206,9 @@ def print_compress(console: Console, result: CompressResult) -> None:
         _print_refusals(console, [r for c in result.report.children if "audit" not in c.details for r in c.refusals])
     if result.audit is not None:
         _print_audit(console, result.audit)
+    if result.search is not None:
+        _print_search(console, result.search, result.before.macs)
+    _print_islands(console, result.islands)
     print_warnings(console, result.warnings)
     if result.saved is not None:
         console.print(f"written: {printable(str(result.saved.path))} ({_bytes(result.saved.bytes)})")
@@ -266,6 +274,8 @@ def _before_after(result: CompressResult, after: Any) -> Table:
         table.caption = (
             f"outputs judged on {samples} sample{'' if samples == 1 else 's'} ({result.verification.source})"
         )
+        others = {"calibration": "calibrated on", "search": "searched on"}
+        table.caption += "".join(f", {what} {result.samples[k]}" for k, what in others.items() if k in result.samples)
         if timing is not None:
             table.caption += "; in brackets the 95 % interval"
         table.caption_justify = "left"
@@ -320,6 +330,47 @@ def _print_audit(console: Console, audit: Mapping[str, Any]) -> None:
         console.print(f"float in the runtime ({len(audit['floats'])}):")
         floats = [(f"{node['operator']}: {node['reason']}", node["node"]) for node in audit["floats"]]
         _print_groups(console, floats, _REASONS)
+
+
+def _print_search(console: Console, search: Mapping[str, Any], macs: int) -> None:
+    """What returned to float for the sake of the budget: by step, what it was worth and what it cost."""
+    floats = [name for step in search["returned"] for name in step["floats"]]
+    share = _share(sum(step["macs"] for step in search["returned"]), macs) or "0 %"
+    _print_line(console, f"returned to float to keep the accuracy budget: {len(floats)} operators, {share} of the MACs")
+    for step in search["returned"][:_REASONS]:
+        names = ", ".join(step["floats"][:_NAMES])
+        more = f" and {len(step['floats']) - _NAMES} more" if len(step["floats"]) > _NAMES else ""
+        before, after = (
+            "equal" if step[key] is None else f"{step[key]:.1f}" for key in ("sqnr_before_db", "sqnr_after_db")
+        )
+        cost = f"{_count(step['macs'])} MACs, about {_seconds(max(step['microseconds'], 0.0) * 1e-6)}"
+        _print_line(console, f"  SQNR {before} -> {after} dB for {cost}: {printable(names)}{more}; {printable(step['why'])}")
+    if len(search["returned"]) > _REASONS:
+        console.print(f"  and {len(search['returned']) - _REASONS} more steps, all of them in the report (--report FILE)")
+    verdict = "met" if search["met"] else "missed"
+    _print_line(
+        console,
+        f"  budget {verdict} on {search['samples']['judging']} samples that nothing else saw: "
+        f"{search['before']['found']}; now {search['after']['found']}",
+    )
+
+
+def _print_islands(console: Console, islands: Sequence[TimedIslands]) -> None:
+    """Integer regions that were timed, because they may have cost more than they saved."""
+    if not islands:
+        return
+    count = len({name for island in islands for name in island.nodes})
+    returned = [island for island in islands if island.returned]
+    _print_line(
+        console,
+        f"integer regions that may cost more time than they save: {count} operators timed, "
+        f"{sum(len(island.nodes) for island in returned)} returned to float",
+    )
+    for island in returned:
+        names = ", ".join(island.nodes[:_NAMES])
+        more = f" and {len(island.nodes) - _NAMES} more" if len(island.nodes) > _NAMES else ""
+        interval = f"{island.ratio:.2f}x [{island.low:.2f}, {island.high:.2f}]"
+        _print_line(console, f"  as integers the model took {interval} of the time: {printable(names)}{more}")
 
 
 def _print_dry_run(console: Console, result: CompressResult) -> None:

@@ -37,8 +37,8 @@ UPPER = (
     ("__main__",),
     ("cli",),
     ("compress",),
-    ("inspect_model",),
-    ("recipe",),
+    ("budget", "inspect_model"),
+    ("recipe", "islands"),
     ("pipeline", "passes"),
     ("benchmark", "report", "progress"),
 )

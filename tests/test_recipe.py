@@ -77,7 +77,7 @@ ERRORS = {
     "version": ("version: 2\npasses: []", "recipe:1: version: found 2; this release reads version 1"),
     "version as a word": ("version: yes\npasses: []", "recipe:1: version: found True; this release reads version 1"),
     "unknown key": (HEAD + "pases: []", "recipe:2: pases: unknown key; did you mean 'passes'?"),
-    "strange key": (HEAD + "x: 1", "recipe:2: x: unknown key; expected one of version, target, seed, passes"),
+    "strange key": (HEAD + "x: 1", "recipe:2: x: unknown key; expected one of version, target, seed, held_out, passes"),
     "target": (HEAD + "target: [cpu]\npasses: []", "recipe:2: target: expected a name, found ['cpu']"),
     "unknown target": (
         HEAD + "target: gpu2\npasses: []",

@@ -3,11 +3,13 @@
 A search asks this of many variants, so the original runs once. What an accuracy budget is about depends on what there
 is: labels, class scores, or just numbers.
 
+- ``agreement``: points of the samples whose class is another one.
 - ``top-1``: labels, in points of top-1.
 - ``expected top-1``: class scores without labels. Where the original and the variant choose different classes, the
   original's own probabilities say how often which of them is right; so this is the loss of top-1 that the original
   itself would expect.
-- ``agreement``: points of the samples whose class is another one.
+  These three are counted on the samples, for ``top-1`` less the sampling error, and estimated from margins and errors;
+  the larger counts. A few samples would otherwise vouch for more than they can.
 - ``cosine``: 100 points times one minus the cosine between the outputs and the original's: half of the relative
   squared error r, since cos = 1 / sqrt(1 + r) where the error has no part along the output. A correlation with any
   third quantity falls by about as much.
@@ -17,7 +19,7 @@ is: labels, class scores, or just numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, log10, sqrt
 from typing import Any, Literal
 
@@ -26,7 +28,6 @@ from numpy.typing import NDArray
 
 from onnxcompress.data import Batch, Dataset
 from onnxcompress.errors import DataError
-from onnxcompress.evaluate import label_ranks
 from onnxcompress.verify import agreement, compare
 
 __all__ = ["Basis", "Gauge", "Goal", "Reading"]
@@ -35,6 +36,8 @@ Array = NDArray[Any]
 Run = Callable[[dict[str, Array]], Mapping[str, Any]]
 Basis = Literal["top-1", "expected top-1", "agreement", "cosine", "SQNR"]
 
+#: sums of a score and an error that pairing may take
+_PRODUCTS = 200_000_000
 #: bytes of the original's outputs that are kept
 _MEMORY = 1 << 27
 
@@ -84,6 +87,12 @@ class Goal:
         if self.basis == "SQNR":
             return found >= self.limit
         return found <= self.limit + (reading.sampling_error if self.lenient else 0.0) + 1e-9
+
+    def tightened(self) -> Goal:
+        """What a search aims at, so that other samples keep the goal as well: half of the drop, or 3 dB more."""
+        if self.basis == "SQNR":
+            return replace(self, limit=self.limit + 3.0)
+        return replace(self, limit=self.limit / 2)
 
     def describe(self, reading: Reading) -> str:
         """One phrase for the report."""
@@ -139,24 +148,33 @@ class Gauge:
         same = agreement(outputs)
         if same is not None:
             drops["agreement"] = 100.0 * (1.0 - same)
-        scores = next((o.name for o in outputs if o.score_rows), None)
+        scores = next((o.name for o in outputs if o.score_rows and o.same_argmax is not None), None)
         sampling = self._score(scores, recorded, drops) if scores is not None else 0.0
         return Reading(error, floats[0].sqnr_db if floats else None, drops, sampling, self.samples)
 
     def _score(self, name: str, recorded: Sequence[Mapping[str, Any]], drops: dict[str, float]) -> float:
-        """Add what output ``name``, which may hold class scores, says about top-1; the sampling error in points."""
-        before, after = (_rows(part, name) for part in (self._expected, recorded))
-        if not np.isfinite(before).all():
+        """Put into ``drops`` what output ``name``, which may hold class scores, says; the sampling error of top-1."""
+        before, after = (_log_scores([part[name] for part in parts]) for parts in (self._expected, recorded))
+        if not (np.isfinite(before).all() and np.isfinite(after).all()):
             return 0.0
-        drops["expected top-1"], sampling = _expected_drop(before, after)
-        if self._batches[0].labels is None:
-            return sampling
-        try:
-            hits, hits_now = (label_ranks(_replay(p), self._batches).top(1) for p in (self._expected, recorded))
-        except DataError:  # the labels number no classes of this output
-            return sampling
-        drops["top-1"] = 100.0 * float(hits.mean() - hits_now.mean())
-        return 100.0 * sqrt(int((hits != hits_now).sum())) / len(hits)
+        labels = self._labels(name)
+        chosen, now = before.argmax(axis=1), after.argmax(axis=1)
+        changed = chosen != now if labels is None else (chosen == labels) != (now == labels)
+        sampling = 100.0 * sqrt(int(changed.sum())) / len(before)
+        counted = _drops(before, now, labels)
+        counted["top-1"] = counted.get("top-1", 0.0) - sampling
+        for basis, points in _paired_drops(before, after - before, labels).items():
+            drops[basis] = max(points, counted[basis])
+        return sampling
+
+    def _labels(self, name: str) -> NDArray[np.int64] | None:
+        """``[samples]``, where there are any and all of them are classes of output ``name``."""
+        parts = [batch.labels for batch in self._batches if batch.labels is not None]
+        if len(parts) < len(self._batches):
+            return None
+        labels = np.concatenate(parts)
+        classes = self._expected[0][name].shape[1]
+        return labels if ((labels >= 0) & (labels < classes)).all() else None
 
 
 def _replay(outputs: Sequence[Mapping[str, Any]]) -> Run:
@@ -165,17 +183,40 @@ def _replay(outputs: Sequence[Mapping[str, Any]]) -> Run:
     return lambda feeds: next(answers)
 
 
-def _rows(outputs: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
-    values = [np.asarray(part[name], np.float64) for part in outputs]
-    return np.concatenate([value.reshape(value.shape[0], -1) for value in values])
+def _log_scores(values: Sequence[Array]) -> NDArray[np.float64]:
+    """``[samples, classes]``; probabilities become logarithms, in which rounding is as large for every sample."""
+    rows = [np.asarray(value, np.float64) for value in values]
+    scores = np.concatenate([value.reshape(value.shape[0], -1) for value in rows])
+    if scores.min() >= 0 and np.allclose(scores.sum(axis=1), 1.0, atol=1e-3):
+        scores = np.log(np.maximum(scores, 1e-30))
+    return scores
 
 
-def _expected_drop(before: NDArray[np.float64], after: NDArray[np.float64]) -> tuple[float, float]:
-    """(points of top-1 that the original expects to lose, their sampling error)."""
-    rows = np.arange(len(before))
-    chosen, now = before.argmax(axis=1), after.argmax(axis=1)
-    if before.min() < 0 or not np.allclose(before.sum(axis=1), 1.0, atol=1e-3):
-        shifted = np.exp(before - before.max(axis=1, keepdims=True))
-        before = shifted / shifted.sum(axis=1, keepdims=True)
-    drop = 100.0 * float((before[rows, chosen] - before[rows, now]).mean())
-    return drop, 100.0 * sqrt(int((chosen != now).sum())) / len(before)
+def _drops(
+    before: NDArray[np.float64], now: NDArray[np.int64], labels: NDArray[np.int64] | None
+) -> dict[str, float]:
+    """Points lost where class ``now`` of each sample is chosen instead of the one with the largest score."""
+    shifted = np.exp(before - before.max(axis=1, keepdims=True))
+    rows, chosen = np.arange(len(before)), before.argmax(axis=1)
+    lost = {
+        "agreement": (now != chosen).mean(),
+        "expected top-1": ((shifted[rows, chosen] - shifted[rows, now]) / shifted.sum(axis=1)).mean(),
+    }
+    if labels is not None:
+        lost["top-1"] = (chosen == labels).mean() - (now == labels).mean()
+    return {basis: 100.0 * float(value) for basis, value in lost.items()}
+
+
+def _paired_drops(
+    before: NDArray[np.float64], errors: NDArray[np.float64], labels: NDArray[np.int64] | None
+) -> dict[str, float]:
+    """Points lost where the error of every sample is tried on all samples.
+
+    What flips a class is a small margin that meets a large error in the right direction. Rounding errors depend little
+    on the sample, so n samples make n * n pairs of a margin and an error, and a rate of less than 1 / n can be told.
+    Small margins come with errors that are a little larger than others, so the rate is if anything too low.
+    """
+    count = max(1, min(len(errors), _PRODUCTS // before.size))
+    chosen = errors[np.linspace(0, len(errors) - 1, count).astype(int)]
+    found = [_drops(before, (before + error).argmax(axis=1), labels) for error in chosen]
+    return {basis: sum(drops[basis] for drops in found) / count for basis in found[0]}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -213,7 +214,7 @@ class _Search:
         found: dict[tuple[str, ...], float] = {}
         for name in weights:
             found[(name,)] = weights[name] + sum(tensors[c] for c in classes.get(name, []))
-        for representative, names in around.items():
+        for names in around.values():
             group = tuple(name for name in names if name in weights)
             if group:
                 reached = dict.fromkeys(c for name in group for c in classes[name])
@@ -275,7 +276,9 @@ class _Search:
             after = self._read(self._judging, states[-1].on)
         met = exhausted = False
         rounds = self._rounds(states)
-        for after in self._progress.track(rounds, "returning layers to float") if self._progress is not None else rounds:
+        for after in (
+            self._progress.track(rounds, "returning layers to float") if self._progress is not None else rounds
+        ):
             met = self._met(after)
             if met:
                 break
@@ -312,8 +315,8 @@ class _Search:
 
     def _pruned(self, states: list[_State], after: Reading, fixed: int) -> tuple[list[_State], Reading]:
         """Without the steps that the budget is met without, those that cost most time first."""
-        parts = [b.exclude[len(a.exclude) :] for a, b in zip(states, states[1:], strict=False)]
-        costs = [a.saved - b.saved for a, b in zip(states, states[1:], strict=False)]
+        parts = [b.exclude[len(a.exclude) :] for a, b in pairwise(states)]
+        costs = [a.saved - b.saved for a, b in pairwise(states)]
         first = 1 if fixed else 0
         order = sorted(range(first, len(parts)), key=lambda i: -costs[i])[:_PRUNED]
         dropped: set[int] = set()
@@ -337,7 +340,7 @@ class _Search:
     def _steps(self, states: Sequence[_State]) -> tuple[ReturnedLayers, ...]:
         steps = []
         before = self._read(self._judging, states[0].on)
-        for old, new in zip(states, states[1:], strict=False):
+        for old, new in pairwise(states):
             after = self._read(self._judging, new.on)
             floats = tuple(name for name in old.integer if name not in new.integer)
             steps.append(

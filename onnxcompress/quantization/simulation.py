@@ -183,7 +183,9 @@ class Simulation:
         for node in list(self._graph.nodes):
             twin = twins.get(node.name)
             # The bias behind a matrix product is a constant of the product's unit.
-            owner = node.name if node.name in integer else next((made[t.name] for t in node.inputs if t.name in made), "")
+            owner = (
+                node.name if node.name in integer else next((made[t.name] for t in node.inputs if t.name in made), "")
+            )
             if twin is None or not owner or twin.op != node.op or len(twin.inputs) < len(node.inputs):
                 continue
             flag: gs.Variable | None = None
@@ -220,7 +222,7 @@ def _pair(
         factor = np.float32(attribute(node, "alpha" if index == 1 else "beta", 1.0))
         if factor == 0:
             return None
-        quantised = quantised / factor
+        quantised = (quantised / factor).astype(np.float32)
     if stored.shape != quantised.shape:
         if stored.size not in (1, quantised.size):
             return None

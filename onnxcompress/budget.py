@@ -1,0 +1,272 @@
+"""Run a recipe so that its result keeps to an accuracy budget and no part of it costs more time than it saves.
+
+The recipe runs. Where the result misses the budget, :mod:`onnxcompress.quantization.layer_search` finds which layers
+have to return to float, and the recipe runs again with these excluded; what is written is what a recipe with these
+exclusions writes, so that a saved recipe replays to the same bytes and searches nothing.
+
+Samples have one use each. The budget is searched on samples that are held out of the calibration data and that no pass
+ever sees (``held_out`` of the recipe); what judges the result in the end is read by nobody here. They are held out
+where a budget was asked for, or where a look at a few of the calibration samples shows that the result is far from any
+budget; otherwise all samples calibrate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from onnxcompress.base import Context, Pass, PassResult
+from onnxcompress.data import Dataset
+from onnxcompress.errors import DataError, ModelError
+from onnxcompress.graph import Graph
+from onnxcompress.islands import TimedIslands, real_types, time_islands
+from onnxcompress.passes import load_pass
+from onnxcompress.quantization.gauge import Gauge, Goal, Reading
+from onnxcompress.quantization.layer_search import LayerSearch, as_details, describe, search_layers
+from onnxcompress.quantization.sensitivity import affordable_samples, weighing_units
+from onnxcompress.quantization.simulation import Simulation
+from onnxcompress.quantization.variants import Variants
+from onnxcompress.recipe import Recipe
+from onnxcompress.session import Session
+from onnxcompress.shapes import node_macs
+
+__all__ = ["SEARCH_SHARE", "BudgetedRun", "run_within_budget"]
+
+#: share of the calibration samples that is held out for the search, and the most samples of it
+SEARCH_SHARE = 0.25
+_MOST_HELD_OUT = 512
+#: samples of a first look
+_LOOK = 16
+#: samples on which a choice of layers is judged, at least and at most, and multiply-accumulates for some dozens of them
+_JUDGED = (16, 256)
+_JUDGED_MACS = 1.5e10
+#: how often the recipe runs again
+_ATTEMPTS = 3
+
+
+@dataclass
+class BudgetedRun:
+    """What :func:`run_within_budget` did.
+
+    Attributes:
+        result: of the last run of the recipe.
+        recipe: that recipe, with what was excluded and how many samples were held out.
+        samples: how many calibrated, and how many the search was held to ("calibration", "search").
+        search: what was searched, for the report; None where the budget was met at once.
+        islands: what was timed.
+        variants: of the last run; None where the recipe has no static quantiser.
+        missed: why the budget was not met on the samples of the search; None where it was.
+    """
+
+    result: PassResult
+    recipe: Recipe
+    samples: dict[str, int] = field(default_factory=dict)
+    search: Mapping[str, Any] | None = None
+    islands: list[TimedIslands] = field(default_factory=list)
+    variants: Variants | None = None
+    missed: str | None = None
+
+    @property
+    def returned(self) -> dict[str, str]:
+        """By node that returned to float, why."""
+        reasons = {}
+        for step in (self.search or {}).get("returned", ()):
+            reasons.update(dict.fromkeys(step["floats"], "returned to float to keep the accuracy budget"))
+        for island in self.islands:
+            if island.returned:
+                reasons.update(dict.fromkeys(island.nodes, "returned to float: faster so, by measurement"))
+        return reasons
+
+
+def run_within_budget(
+    recipe: Recipe,
+    graph: Graph,
+    context: Context,
+    goals: Sequence[Goal],
+    *,
+    asked: bool = False,
+    time_it: bool = False,
+) -> BudgetedRun:
+    """Run ``recipe`` on ``graph``, and again with layers excluded where it misses ``goals``.
+
+    Args:
+        recipe: what to run.
+        graph: the model.
+        context: data and so on; its evaluation data is not read.
+        goals: what to keep to; without any nothing is searched.
+        asked: somebody asked for this budget, so that samples are held out for it from the start.
+        time_it: time integer islands that may cost more than they save.
+    """
+    return _Runner(recipe, graph, context, goals, asked, time_it).run()
+
+
+class _Runner:
+    def __init__(
+        self, recipe: Recipe, graph: Graph, context: Context, goals: Sequence[Goal], asked: bool, time_it: bool
+    ) -> None:
+        self._graph = graph
+        self._context = context
+        self._goals = goals
+        self._asked = asked
+        self._time_it = time_it
+        self._recipe = recipe
+        self._data = context.data
+        self._held_out: Dataset | None = None
+        self._last = context
+        self._original: Session | None = None
+        quantiser = load_pass("insert_qdq")
+        self._position = next((i for i, step in enumerate(recipe.passes) if isinstance(step, quantiser)), None)
+
+    def run(self) -> BudgetedRun:
+        """The whole of it."""
+        searches = self._position is not None and bool(self._goals) and self._data is not None
+        if searches and (self._asked or self._recipe.held_out is not None):
+            self._hold_out()
+        outcome = self._first(searches)
+        if self._time_it and outcome.variants is not None and outcome.variants.target.audited:
+            self._return_islands(outcome)
+        self._context.warnings += [w for w in self._last.warnings if w not in self._context.warnings]
+        self._context.reference, self._context.variants = self._last.reference, self._last.variants
+        outcome.samples = self._samples()
+        return outcome
+
+    def _first(self, searches: bool) -> BudgetedRun:
+        """The recipe as it is and, where that misses the budget, what was found instead."""
+        outcome = self._pass(self._recipe)
+        if not searches or outcome.variants is None:
+            return outcome
+        if self._held_out is None:
+            assert self._data is not None
+            reading = self._gauge(self._data, _LOOK).read(self._runner(outcome))
+            if self._met(reading):
+                return outcome
+            if not self._hold_out():
+                return outcome
+            outcome = self._pass(self._recipe)
+        return self._searched(outcome)
+
+    def _pass(self, recipe: Recipe) -> BudgetedRun:
+        """Run ``recipe`` once."""
+        self._last = replace(self._context, data=self._data, warnings=[], reference=None, variants=None)
+        result = recipe.pipeline()(self._graph, self._last)
+        return BudgetedRun(result, recipe, variants=self._last.variants)
+
+    def _hold_out(self) -> bool:
+        """Take the samples of the search out of those that passes see; False where there are too few."""
+        assert self._data is not None
+        share = self._recipe.held_out
+        if share is None:
+            share = min(SEARCH_SHARE, round(_MOST_HELD_OUT / self._data.samples, 6))
+        try:
+            self._data, self._held_out = self._data.split(share, self._context.seed)
+        except DataError as error:
+            self._context.warn(f"no samples were held out to search with, so the budget was not searched: {error}")
+            return False
+        self._recipe = replace(self._recipe, held_out=share)
+        return True
+
+    def _samples(self) -> dict[str, int]:
+        if self._data is None or not self._recipe.needs_data:
+            return {}
+        found = {"calibration": self._data.samples}
+        return found if self._held_out is None else {**found, "search": self._held_out.samples}
+
+    # ---- judging
+
+    def _gauge(self, data: Dataset, samples: int) -> Gauge:
+        if self._original is None:
+            self._original = Session(self._graph, threads=self._context.threads)
+        if samples < data.samples:  # spread over all of them, whatever their order
+            data = data.split(samples / data.samples, self._context.seed)[1]
+        return Gauge(self._original.run, data, samples)
+
+    def _runner(self, outcome: BudgetedRun) -> Any:
+        return Session(outcome.result.graph, threads=self._context.threads).run
+
+    def _met(self, reading: Reading) -> bool:
+        return all(goal.met(reading) for goal in self._goals)
+
+    # ---- searching
+
+    def _searched(self, outcome: BudgetedRun) -> BudgetedRun:
+        """``outcome`` where it keeps the budget on the samples of the search, otherwise what does."""
+        variants, data = outcome.variants, self._held_out
+        assert variants is not None and data is not None
+        macs = sum(node_macs(variants.graph, real_types(variants, data)).values())
+        judging = self._gauge(data, max(_JUDGED[0], min(_JUDGED[1], int(_JUDGED_MACS / max(macs, 1)))))
+        before = judging.read(self._runner(outcome))
+        if self._met(before):
+            return outcome
+        units = 2 * len(weighing_units(variants.placement.units))
+        ranking = self._gauge(data, affordable_samples(units, macs))
+        simulation = Simulation(variants, outcome.result.graph, threads=self._context.threads)
+        samples = {"ranking": ranking.samples, "judging": judging.samples}
+        aims = [goal.tightened() for goal in self._goals]
+        start: tuple[str, ...] = ()
+        best = outcome
+        for _ in range(_ATTEMPTS):
+            found = search_layers(simulation, ranking, judging, aims, start=start, progress=self._context.progress)
+            if found.exclude == start:
+                break
+            best = self._pass(self._excluding(found.exclude))
+            after = judging.read(self._runner(best))
+            best.search = self._details(found, before, after, samples)
+            best.missed = None if self._met(after) else self._missed(found, after, len(units_of(variants)))
+            if best.missed is None or not found.met:
+                break
+            start = found.exclude
+        if best is outcome:
+            outcome.missed = f"no layer that returns to float brings it closer: {describe(self._goals, before)}"
+        if best.missed is not None:
+            self._context.warn(f"on {judging.samples} samples held out for the search, {best.missed}")
+        return best
+
+    def _details(
+        self, found: LayerSearch, before: Reading, after: Reading, samples: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """For the report: the steps as they were simulated, and what the written graphs were found to do."""
+        return as_details(replace(found, before=before, after=after, met=self._met(after)), self._goals, samples)
+
+    def _missed(self, found: LayerSearch, after: Reading, layers: int) -> str:
+        count = len({name for step in found.steps for name in step.floats})
+        return f"the budget is missed even with {count} of {layers} layers float: {describe(self._goals, after)}"
+
+    def _excluding(self, names: Sequence[str]) -> Recipe:
+        """The recipe whose quantiser leaves ``names`` float as well."""
+        assert self._position is not None
+        step = self._recipe.passes[self._position]
+        passes = list(self._recipe.passes)
+        passes[self._position] = _with_excluded(step, names)
+        return replace(self._recipe, passes=tuple(passes))
+
+    # ---- islands
+
+    def _return_islands(self, outcome: BudgetedRun) -> None:
+        """Return to float what costs time as integers."""
+        variants, data = outcome.variants, self._data
+        assert variants is not None
+        if data is None or not variants.placement.integer_units:
+            return
+        try:
+            islands = time_islands(variants, (), data, seed=self._context.seed, progress=self._context.progress)
+        except ModelError as error:  # a variant that the runtime does not take is no better than what there is
+            self._context.warn(f"integer regions were not timed: {error}")
+            return
+        returned = [name for island in islands if island.returned for name in island.nodes]
+        outcome.islands = islands
+        if returned:
+            self._recipe = outcome.recipe
+            again = self._pass(self._excluding(returned))
+            outcome.result, outcome.recipe, outcome.variants = again.result, again.recipe, again.variants
+
+
+def units_of(variants: Variants) -> list[Any]:
+    """Integer operators that round."""
+    return weighing_units(variants.placement.units)
+
+
+def _with_excluded(step: Pass, names: Sequence[str]) -> Pass:
+    options = step.model_dump(mode="json", exclude_defaults=True)
+    options["exclude_nodes"] = list(dict.fromkeys([*options.get("exclude_nodes", []), *names]))
+    return type(step).model_validate(options)
