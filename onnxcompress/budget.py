@@ -193,7 +193,8 @@ class _Runner:
         """``outcome`` where it keeps the budget on the samples of the search, otherwise what does."""
         variants, data = outcome.variants, self._held_out
         assert variants is not None and data is not None
-        macs = sum(node_macs(variants.graph, real_types(variants, data)).values())
+        types = real_types(variants, data)
+        macs = sum(node_macs(variants.graph, types).values())
         judging = self._gauge(data, max(_JUDGED[0], min(_JUDGED[1], int(_JUDGED_MACS / max(macs, 1)))))
         before = judging.read(self._runner(outcome))
         if self._met(before):
@@ -206,12 +207,14 @@ class _Runner:
         start: tuple[str, ...] = ()
         best = outcome
         for _ in range(_ATTEMPTS):
-            found = search_layers(simulation, ranking, judging, aims, start=start, progress=self._context.progress)
+            found = search_layers(
+                simulation, ranking, judging, aims, start=start, types=types, progress=self._context.progress
+            )
             if found.exclude == start:
                 break
             best = self._pass(self._excluding(found.exclude))
             after = judging.read(self._runner(best))
-            best.search = self._details(found, before, after, samples)
+            best.search = {**self._details(found, before, after, samples), "macs": macs}
             best.missed = None if self._met(after) else self._missed(found, after, len(units_of(variants)))
             if best.missed is None or not found.met:
                 break

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from onnxcompress.compress import CompressResult
     from onnxcompress.inspect_model import Inspection, PlannedNode
     from onnxcompress.islands import TimedIslands
+    from onnxcompress.quantization.sensitivity import Sensitivity
     from onnxcompress.verify import OutputComparison
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "print_compress",
     "print_inspection",
     "print_plan",
+    "print_sensitivity",
     "print_warnings",
     "printable",
     "to_json",
@@ -207,7 +209,7 @@ def print_compress(console: Console, result: CompressResult) -> None:
     if result.audit is not None:
         _print_audit(console, result.audit)
     if result.search is not None:
-        _print_search(console, result.search, result.before.macs)
+        _print_search(console, result.search)
     _print_islands(console, result.islands)
     print_warnings(console, result.warnings)
     if result.saved is not None:
@@ -332,10 +334,10 @@ def _print_audit(console: Console, audit: Mapping[str, Any]) -> None:
         _print_groups(console, floats, _REASONS)
 
 
-def _print_search(console: Console, search: Mapping[str, Any], macs: int) -> None:
+def _print_search(console: Console, search: Mapping[str, Any]) -> None:
     """What returned to float for the sake of the budget: by step, what it was worth and what it cost."""
     floats = [name for step in search["returned"] for name in step["floats"]]
-    share = _share(sum(step["macs"] for step in search["returned"]), macs) or "0 %"
+    share = _share(sum(step["macs"] for step in search["returned"]), search["macs"]) or "0 %"
     _print_line(console, f"returned to float to keep the accuracy budget: {len(floats)} operators, {share} of the MACs")
     for step in search["returned"][:_REASONS]:
         names = ", ".join(step["floats"][:_NAMES])
@@ -344,9 +346,13 @@ def _print_search(console: Console, search: Mapping[str, Any], macs: int) -> Non
             "equal" if step[key] is None else f"{step[key]:.1f}" for key in ("sqnr_before_db", "sqnr_after_db")
         )
         cost = f"{_count(step['macs'])} MACs, about {_seconds(max(step['microseconds'], 0.0) * 1e-6)}"
-        _print_line(console, f"  SQNR {before} -> {after} dB for {cost}: {printable(names)}{more}; {printable(step['why'])}")
+        _print_line(
+            console, f"  SQNR {before} -> {after} dB for {cost}: {printable(names)}{more}; {printable(step['why'])}"
+        )
     if len(search["returned"]) > _REASONS:
-        console.print(f"  and {len(search['returned']) - _REASONS} more steps, all of them in the report (--report FILE)")
+        console.print(
+            f"  and {len(search['returned']) - _REASONS} more steps, all of them in the report (--report FILE)"
+        )
     verdict = "met" if search["met"] else "missed"
     _print_line(
         console,
@@ -443,6 +449,26 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
 def _symbolic(inspection: Inspection) -> str:
     sizes = {str(d) for tensor in inspection.inputs for d in (tensor.shape or ())[1:] if not isinstance(d, int)}
     return f" a sample, with {printable(', '.join(sorted(sizes)))} counted as 1" if sizes else ""
+
+
+def print_sensitivity(console: Console, sensitivity: Sensitivity) -> None:
+    """What each integer layer costs, the most sensitive first."""
+    table = _table("layer", "operator", "MACs", "alone, SQNR", "float, gain")
+    for layer in sensitivity.layers:
+        table.add_row(
+            printable(layer.node),
+            printable(layer.op),
+            _count(layer.macs) if layer.macs else "",
+            _decibel(math.inf if layer.sqnr_db is None else layer.sqnr_db),
+            f"{layer.gain_db:+.2f} dB",
+        )
+    table.caption = (
+        "alone: at the outputs, with only this layer in 8 bits; float: what the outputs gain when only it returns to "
+        f"float; all layers in 8 bits: {_decibel(math.inf if sensitivity.sqnr_db is None else sensitivity.sqnr_db)}; "
+        f"on {sensitivity.samples} samples that did not calibrate"
+    )
+    table.caption_justify = "left"
+    console.print(table)
 
 
 def print_comparisons(console: Console, outputs: Sequence[OutputComparison]) -> None:

@@ -192,9 +192,7 @@ def _log_scores(values: Sequence[Array]) -> NDArray[np.float64]:
     return scores
 
 
-def _drops(
-    before: NDArray[np.float64], now: NDArray[np.int64], labels: NDArray[np.int64] | None
-) -> dict[str, float]:
+def _drops(before: NDArray[np.float64], now: NDArray[np.int64], labels: NDArray[np.int64] | None) -> dict[str, float]:
     """Points lost where class ``now`` of each sample is chosen instead of the one with the largest score."""
     shifted = np.exp(before - before.max(axis=1, keepdims=True))
     rows, chosen = np.arange(len(before)), before.argmax(axis=1)

@@ -12,7 +12,7 @@ All of it runs on samples that nothing else sees, in one :class:`~onnxcompress.q
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from onnxcompress.quantization.gauge import Gauge, Goal, Reading
 from onnxcompress.quantization.placement import Placement, Unit, saved_nanoseconds
 from onnxcompress.quantization.sensitivity import read, rounded, total, weighing_units
 from onnxcompress.quantization.simulation import Simulation, Switches
+from onnxcompress.shapes import TensorType, node_macs
 from onnxcompress.targets import Role
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class LayerSearch:
         before: with nothing excluded.
         after: with ``exclude``.
         variants: how many were run.
+        sources: what each weight and each tensor costs alone, the worst first: (``unit`` or ``tensor`` and a name,
+            relative squared error at the outputs); empty where nothing had to be searched.
     """
 
     exclude: tuple[str, ...]
@@ -96,6 +99,7 @@ class LayerSearch:
     before: Reading
     after: Reading
     variants: int
+    sources: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ def search_layers(
     goals: Sequence[Goal],
     *,
     start: Iterable[str] = (),
+    types: Mapping[str, TensorType] | None = None,
     progress: Progress | None = None,
 ) -> LayerSearch:
     """Return layers to float until all of ``goals`` are met.
@@ -137,9 +142,10 @@ def search_layers(
         judging: more samples, on which the goals are held.
         goals: what to keep to.
         start: nodes that are excluded already; at least one more is then returned.
+        types: of a real sample, by which costs are estimated; default: those that the quantiser went by.
         progress: shows how far the work is.
     """
-    search = _Search(simulation, ranking, judging, goals, progress)
+    search = _Search(simulation, ranking, judging, goals, types, progress)
     return search.run(tuple(start))
 
 
@@ -150,6 +156,7 @@ class _Search:
         ranking: Gauge,
         judging: Gauge,
         goals: Sequence[Goal],
+        types: Mapping[str, TensorType] | None,
         progress: Progress | None,
     ) -> None:
         self._simulation = simulation
@@ -158,6 +165,8 @@ class _Search:
         self._judging = judging
         self._goals = goals
         self._progress = progress
+        self._types = simulation.variants.types if types is None else types
+        self._macs = node_macs(simulation.variants.graph, self._types)
         self._runs = 0
         self._tried: set[tuple[str, ...]] = set()
         self._whole = self._state(())
@@ -171,7 +180,7 @@ class _Search:
     def _state(self, exclude: tuple[str, ...]) -> _State:
         placement = self._variants.placed(exclude)
         on = self._simulation.of(placement)
-        return _State(exclude, placement, on, saved_nanoseconds(placement, self._variants.macs))
+        return _State(exclude, placement, on, saved_nanoseconds(replace(placement, types=self._types), self._macs))
 
     def _read(self, gauge: Gauge, on: Switches) -> Reading:
         self._runs += 1
@@ -285,7 +294,9 @@ class _Search:
         exhausted = not met
         if met:
             states, after = self._pruned(states, after, len(start))
-        return LayerSearch(states[-1].exclude, self._steps(states), met, exhausted, before, after, self._runs)
+        steps = self._steps(states)
+        sources = tuple(sorted(self._errors.items(), key=lambda item: -item[1]))
+        return LayerSearch(states[-1].exclude, steps, met, exhausted, before, after, self._runs, sources)
 
     def _rounds(self, states: list[_State]) -> Iterator[Reading]:
         """Grow ``states`` by one after another; yields what the judging samples say.
@@ -350,7 +361,7 @@ class _Search:
                     self._why(old, new),
                     rounded(before.decibels),
                     rounded(after.decibels),
-                    total(self._variants.macs, floats),
+                    total(self._macs, floats),
                     round((old.saved - new.saved) / 1000.0, 1),
                 )
             )
@@ -364,7 +375,7 @@ class _Search:
             return "its neighbours are float"
         worst = max(gone, key=lambda name: gone[name])
         kind, _, name = worst.partition(" ")
-        alone = rounded(Reading(gone[worst], None, {}, 0.0, 0).decibels)
+        alone = _alone(gone[worst])
         kept = "nothing is lost" if alone is None else f"{alone:.1f} dB are left at the outputs"
         if kind == "unit":
             return f"with nothing but the weight of {name!r} in 8 bits {kept}"
@@ -375,6 +386,10 @@ class _Search:
         ranges = self._variants.ranges_of(self._whole.placement)
         found = [ranges[name] for name in self._whole.placement.sources[representative]]
         return min(r.low for r in found), max(r.high for r in found)
+
+
+def _alone(error: float) -> float | None:
+    return rounded(Reading(error, None, {}, 0.0, 0).decibels)
 
 
 def _computes(placement: Placement) -> bool:
@@ -401,4 +416,8 @@ def as_details(search: LayerSearch, goals: Sequence[Goal], samples: Mapping[str,
         "before": {"sqnr_db": rounded(search.before.decibels), "found": describe(goals, search.before)},
         "after": {"sqnr_db": rounded(search.after.decibels), "found": describe(goals, search.after)},
         "returned": [step.to_dict() for step in search.steps],
+        "sensitivity": [
+            {"kind": source.partition(" ")[0], "name": source.partition(" ")[2], "alone_sqnr_db": _alone(error)}
+            for source, error in search.sources
+        ],
     }
