@@ -63,7 +63,7 @@ class BudgetedRun:
     recipe: Recipe
     samples: dict[str, int] = field(default_factory=dict)
     search: Mapping[str, Any] | None = None
-    islands: list[TimedIslands] = field(default_factory=list)
+    islands: TimedIslands = field(default_factory=TimedIslands)
     variants: Variants | None = None
     missed: str | None = None
 
@@ -73,9 +73,7 @@ class BudgetedRun:
         reasons = {}
         for step in (self.search or {}).get("returned", ()):
             reasons.update(dict.fromkeys(step["floats"], "returned to float to keep the accuracy budget"))
-        for island in self.islands:
-            if island.returned:
-                reasons.update(dict.fromkeys(island.nodes, "returned to float: faster so, by measurement"))
+        reasons.update(dict.fromkeys(self.islands.returned, "returned to float: faster so, by measurement"))
         return reasons
 
 
@@ -252,16 +250,20 @@ class _Runner:
         if data is None or not variants.placement.integer_units:
             return
         try:
-            islands = time_islands(variants, (), data, seed=self._context.seed, progress=self._context.progress)
+            outcome.islands = time_islands(variants, data, seed=self._context.seed, progress=self._context.progress)
         except ModelError as error:  # a variant that the runtime does not take is no better than what there is
             self._context.warn(f"integer regions were not timed: {error}")
             return
-        returned = [name for island in islands if island.returned for name in island.nodes]
-        outcome.islands = islands
+        returned = outcome.islands.returned
         if returned:
             self._recipe = outcome.recipe
             again = self._pass(self._excluding(returned))
             outcome.result, outcome.recipe, outcome.variants = again.result, again.recipe, again.variants
+            if again.variants is not None and not again.variants.placement.integer_units:
+                self._context.warn(
+                    "no part of the model is faster as integers on this machine, so all of it stays float; without "
+                    "the benchmark (--no-benchmark) nothing is timed, and it is quantised for its size"
+                )
 
 
 def units_of(variants: Variants) -> list[Any]:

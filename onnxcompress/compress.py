@@ -31,6 +31,7 @@ from onnxcompress.inspect_model import PlannedNode, plan, total_macs
 from onnxcompress.io import SavedModel, load, model_bytes, save
 from onnxcompress.islands import TimedIslands
 from onnxcompress.quantization.gauge import Goal
+from onnxcompress.quantization.placement import costly_conversions
 from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_decisions, with_exclusions
 from onnxcompress.session import Session, import_onnxruntime
 from onnxcompress.shapes import graph_stats
@@ -164,7 +165,7 @@ class CompressResult:
     #: how the accuracy budget was searched; None where nothing had to be
     search: Mapping[str, Any] | None = None
     #: integer regions that were timed, and which of them returned to float
-    islands: tuple[TimedIslands, ...] = ()
+    islands: TimedIslands = field(default_factory=TimedIslands)
     #: by node that returned to float, why
     returned: Mapping[str, str] = field(default_factory=dict)
     #: the budget that was missed, where ``check=False`` asked not to raise it
@@ -474,7 +475,7 @@ class _Job:
                 audit=_with_reasons(audits[-1], self.budgeted.returned) if audits else None,
                 samples=self.sample_counts(),
                 search=self.budgeted.search,
-                islands=tuple(self.budgeted.islands),
+                islands=self.budgeted.islands,
                 returned=self.budgeted.returned,
             )
             result = self.judged(result, staged)
@@ -535,7 +536,7 @@ class _Job:
             result = replace(result, benchmark=timing)
             limit = self.fail_if_slower_than
             if timing.verdict == "SLOWER":
-                self.warn(f"the result is slower than the original: its speed is {_interval(timing)}")
+                self.warn(f"the result is slower than the original: its speed is {_interval(timing)}{self.slowed_by()}")
             if limit is not None:
                 failure = failure or slower_error(timing, limit)
                 if timing.low < limit <= timing.high:
@@ -544,6 +545,15 @@ class _Job:
                         "measure longer with --benchmark-seconds"
                     )
         return replace(result, failure=failure)
+
+    def slowed_by(self) -> str:
+        """The conversions that cost most; nothing where there are none but at the borders of the model."""
+        variants = self.budgeted.variants if self.budgeted is not None else None
+        costly = costly_conversions(variants.placement) if variants is not None else []
+        if len(costly) <= 2:
+            return ""
+        names = ", ".join(repr(name) for name, _ in costly[:3])
+        return f"; {len(costly)} tensors go between integers and floats, the costliest {names}"
 
     def verified(self, result: CompressResult, staged: SavedModel) -> Verification:
         """All outputs of the staged file against the original's; a lossless recipe must reproduce them.

@@ -1,28 +1,30 @@
-"""Integer islands that cost more time than they save, found by timing the model with and without them.
+"""Integer regions that cost more time than they save, found by timing the model with and without them.
 
-Where integers and floats alternate, as around SiLU, HardSwish or LayerNormalization, an integer region between two
-conversions may cost more than it saves; how much depends on the machine and on what the runtime would fuse in floats.
-The static estimate that places quantisers is wrong by a factor at most, so only islands that it calls doubtful are
-timed: all of them at once against none, in pairs, and then halves, quarters and so on of what was not slower together.
-A model that is integer as a whole has no such islands and pays nothing.
+Where integers and floats alternate, as around HardSwish or LayerNormalization, an integer region between two
+conversions may cost more than it saves, and so may element-wise functions on integers, as those of SiLU; how much
+depends on the machine and on what the runtime would fuse in floats. The static estimate that places quantisers cannot
+know. So regions that it calls doubtful are timed: all of them at once against none, in pairs, and then halves, quarters
+and so on of what was not slower together; and what returned to float as a whole may become integer again, part by part,
+where that is faster. A convolutional network that is integer as a whole has no such regions and pays nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from onnxcompress.base import Progress
 from onnxcompress.benchmark import benchmark
 from onnxcompress.data import Dataset
-from onnxcompress.quantization.placement import Island, Placement, find_islands
+from onnxcompress.quantization.placement import Island, Placement, Unit, find_islands
 from onnxcompress.quantization.variants import Variants
 from onnxcompress.session import Session
 from onnxcompress.shapes import TensorType, infer_shapes, node_macs
 
-__all__ = ["TimedIslands", "doubtful_islands", "real_types", "time_islands"]
+__all__ = ["Comparison", "TimedIslands", "doubtful_islands", "doubtful_regions", "real_types", "time_islands"]
 
 #: an island is doubtful where its operators are estimated to save less than this many times its conversions
 _DOUBTFUL = 4.0
@@ -33,25 +35,35 @@ _COMPARISON_SECONDS = 0.7
 _SESSIONS = 6
 #: comparisons at most
 _COMPARISONS = 8
+#: element-wise functions, whose integer form is a table or as many steps as the float one
+_FUNCTIONS = ("LeakyRelu", "Mul", "Sigmoid", "Where")
+#: parts of an island that are timed apart
+_PARTS = 4
 
 
 @dataclass(frozen=True)
-class TimedIslands:
-    """One comparison.
+class Comparison:
+    """One region, timed as integers and as floats, with everything else the same.
 
     Attributes:
-        nodes: integer operators that were float in one of both models.
+        nodes: operators of the region.
         ratio: time with them as integers over time with them as floats; above 1: they cost time.
         low: of its 95 % interval.
         high: of its 95 % interval.
-        returned: they returned to float.
     """
 
     nodes: tuple[str, ...]
     ratio: float
     low: float
     high: float
-    returned: bool
+
+
+@dataclass(frozen=True)
+class TimedIslands:
+    """Everything that was timed, and the operators that return to float by it."""
+
+    comparisons: tuple[Comparison, ...] = ()
+    returned: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for the report."""
@@ -71,61 +83,115 @@ def doubtful_islands(placement: Placement, types: Mapping[str, TensorType], macs
     return sorted(doubtful, key=lambda island: island.gain / max(island.conversions, 1.0))
 
 
+def doubtful_regions(
+    placement: Placement, types: Mapping[str, TensorType], macs: Mapping[str, int]
+) -> list[tuple[str, ...]]:
+    """Names of the operators of each region that has to be timed, the least worthwhile region first.
+
+    Doubtful islands; and where element-wise functions run on integers, all that is integer, an island of many layers in
+    parts of as many multiply-accumulates.
+    """
+    if not any(unit.node.op in _FUNCTIONS for unit in placement.integer_units):
+        return [_names(island.units) for island in doubtful_islands(placement, types, macs)]
+    regions = []
+    for island in find_islands(replace(placement, types=types), macs):
+        whole = max(sum(macs.get(unit.node.name, 0) for unit in island.units), 1)
+        parts: list[list[Unit]] = [[] for _ in range(_PARTS)]
+        done = 0
+        for unit in island.units:
+            parts[min(_PARTS * done // whole, _PARTS - 1)].append(unit)
+            done += macs.get(unit.node.name, 0)
+        regions += [_names(part) for part in parts]
+    return [region for region in regions if region]
+
+
 def time_islands(
     variants: Variants,
-    exclude: Sequence[str],
     data: Dataset,
     *,
     seed: int = 0,
     progress: Progress | None = None,
-) -> list[TimedIslands]:
-    """Time the doubtful islands of the variant that leaves ``exclude`` float; empty where there are none.
+) -> TimedIslands:
+    """Time the doubtful regions of a quantised model; nothing where there are none.
 
     Args:
         variants: the quantised model.
-        exclude: node names that are float already.
         data: samples, one of which is run at a time.
         seed: of the order of pairs.
         progress: shows how far the work is.
     """
     types = real_types(variants, data)
-    placement = variants.placed(exclude)
-    islands = doubtful_islands(placement, types, node_macs(variants.graph, types))
-    if not islands:
-        return []
-    begin = time.perf_counter()
-    current = variants.written(exclude)
-    Session(current, threads=1)
-    creation = time.perf_counter() - begin
-    if 2 * _SESSIONS * creation > _SECONDS:
-        return []  # creating the sessions of one comparison would take longer than all timing may
-    returned: list[str] = []
-    found: list[TimedIslands] = []
-    queue = [islands]
-    while queue and len(found) < _COMPARISONS and time.perf_counter() - begin < _SECONDS:
+    regions = doubtful_regions(variants.placement, types, node_macs(variants.graph, types))
+    if not regions:
+        return TimedIslands()
+    watch = _Watch(variants, data, seed, progress)
+    functions = frozenset(unit.node.name for unit in variants.placement.integer_units if unit.node.op in _FUNCTIONS)
+    returned: frozenset[str] = frozenset()
+    if functions and watch.running() and watch.compare(functions, returned).low > 1.0:
+        returned = functions
+    queue: list[Sequence[tuple[str, ...]]] = [regions]
+    back: list[Sequence[tuple[str, ...]]] = []
+    while queue and watch.running():
         group = queue.pop(0)
-        names = _names(group)
-        candidate = variants.written([*exclude, *returned, *names])
-        timing = benchmark(
-            current,
-            candidate,
-            data,
+        names = frozenset(name for region in group for name in region) - returned
+        if names and watch.compare(names, returned).low > 1.0:
+            returned |= names
+            back += _halves(group)
+        else:
+            queue += _halves(group)
+    while back and watch.running():
+        group = back.pop(0)
+        names = (frozenset(name for region in group for name in region) & returned) - functions
+        if names and watch.compare(names, returned - names).high < 1.0:
+            returned -= names
+        else:
+            back += _halves(group)
+    return TimedIslands(tuple(watch.comparisons), watch.ordered(returned))
+
+
+def _halves(group: Sequence[tuple[str, ...]]) -> list[Sequence[tuple[str, ...]]]:
+    half = len(group) // 2
+    return [group[:half], group[half:]] if half else []
+
+
+def _names(units: Iterable[Unit]) -> tuple[str, ...]:
+    """The operators that have to be excluded; what only moves values follows its neighbours."""
+    return tuple(unit.node.name for unit in units if not unit.moves)
+
+
+class _Watch:
+    """Times variants of one model, as long as time and comparisons last."""
+
+    def __init__(self, variants: Variants, data: Dataset, seed: int, progress: Progress | None) -> None:
+        self._variants = variants
+        self._data = data
+        self._seed = seed
+        self._progress = progress
+        self._begin = time.perf_counter()
+        self.comparisons: list[Comparison] = []
+        Session(variants.written(), threads=1)
+        # Where creating the sessions of one comparison takes longer than all timing may, nothing is timed.
+        self._possible = 2 * _SESSIONS * (time.perf_counter() - self._begin) < _SECONDS
+
+    def running(self) -> bool:
+        """True where another comparison may be made."""
+        spent = time.perf_counter() - self._begin
+        return self._possible and len(self.comparisons) < _COMPARISONS and spent < _SECONDS
+
+    def ordered(self, names: AbstractSet[str]) -> tuple[str, ...]:
+        """``names`` in graph order."""
+        return tuple(u.node.name for u in self._variants.placement.integer_units if u.node.name in names)
+
+    def compare(self, names: AbstractSet[str], floats: AbstractSet[str]) -> Comparison:
+        """Time ``names`` as integers and as floats, where ``floats`` are float as well."""
+        found = benchmark(
+            self._variants.written(self.ordered(floats)),
+            self._variants.written(self.ordered(floats | names)),
+            self._data,
             seconds=_COMPARISON_SECONDS,
             sessions=_SESSIONS,
-            seed=seed,
-            progress=progress,
+            seed=self._seed,
+            progress=self._progress,
         )
-        costs = timing.low > 1.0
-        found.append(TimedIslands(names, timing.ratio, timing.low, timing.high, costs))
-        if costs:
-            current = candidate
-            returned += names
-        elif len(group) > 1:
-            half = len(group) // 2
-            queue += [group[:half], group[half:]]
-    return found
-
-
-def _names(islands: Sequence[Island]) -> tuple[str, ...]:
-    """The operators that have to be excluded; what only moves values follows its neighbours."""
-    return tuple(unit.node.name for island in islands for unit in island.units if not unit.moves)
+        self.comparisons.append(Comparison(self.ordered(names), found.ratio, found.low, found.high))
+        return self.comparisons[-1]

@@ -101,7 +101,7 @@ def compress_report(result: CompressResult) -> dict[str, Any]:
         "budget": None if budget is None else {**asdict(budget), "met": budget.met},
         "samples": dict(result.samples),
         "search": result.search,
-        "islands": [island.to_dict() for island in result.islands],
+        "islands": result.islands.to_dict(),
         "returned": dict(result.returned),
         "audit": result.audit,
         "benchmark": None if result.benchmark is None else result.benchmark.to_dict(),
@@ -361,22 +361,22 @@ def _print_search(console: Console, search: Mapping[str, Any]) -> None:
     )
 
 
-def _print_islands(console: Console, islands: Sequence[TimedIslands]) -> None:
+def _print_islands(console: Console, islands: TimedIslands) -> None:
     """Integer regions that were timed, because they may have cost more than they saved."""
-    if not islands:
+    if not islands.comparisons:
         return
-    count = len({name for island in islands for name in island.nodes})
-    returned = [island for island in islands if island.returned]
+    count = len({name for comparison in islands.comparisons for name in comparison.nodes})
     _print_line(
         console,
-        f"integer regions that may cost more time than they save: {count} operators timed, "
-        f"{sum(len(island.nodes) for island in returned)} returned to float",
+        f"integer regions that may cost more time than they save: {count} operators in {len(islands.comparisons)} "
+        f"comparisons, {len(islands.returned)} returned to float",
     )
-    for island in returned:
-        names = ", ".join(island.nodes[:_NAMES])
-        more = f" and {len(island.nodes) - _NAMES} more" if len(island.nodes) > _NAMES else ""
-        interval = f"{island.ratio:.2f}x [{island.low:.2f}, {island.high:.2f}]"
-        _print_line(console, f"  as integers the model took {interval} of the time: {printable(names)}{more}")
+    for comparison in islands.comparisons:
+        if comparison.low > 1.0 and set(comparison.nodes) & set(islands.returned):
+            names = ", ".join(comparison.nodes[:_NAMES])
+            more = f" and {len(comparison.nodes) - _NAMES} more" if len(comparison.nodes) > _NAMES else ""
+            interval = f"{comparison.ratio:.2f}x [{comparison.low:.2f}, {comparison.high:.2f}]"
+            _print_line(console, f"  as integers the model took {interval} of the time: {printable(names)}{more}")
 
 
 def _print_dry_run(console: Console, result: CompressResult) -> None:

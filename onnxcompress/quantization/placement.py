@@ -32,6 +32,7 @@ __all__ = [
     "Placement",
     "Unit",
     "activation_bounds",
+    "costly_conversions",
     "explain",
     "find_islands",
     "place",
@@ -220,6 +221,12 @@ def saved_nanoseconds(placement: Placement, macs: Mapping[str, int]) -> float:
     """
     gain = sum(_gain(unit, placement, macs) for unit in placement.integer_units)
     return gain - sum(_conversion_cost(name, placement) for name in placement.quantized)
+
+
+def costly_conversions(placement: Placement) -> list[tuple[str, float]]:
+    """(tensor, estimated nanoseconds) of every conversion between integers and floats, the costliest first."""
+    costs = [(name, _conversion_cost(name, placement)) for name in placement.quantized]
+    return sorted((entry for entry in costs if entry[1] > 0), key=lambda entry: -entry[1])
 
 
 def _conversion_cost(name: str, placement: Placement) -> float:
