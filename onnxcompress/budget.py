@@ -16,20 +16,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from onnxcompress.base import Context, Pass, PassResult
+from onnxcompress.base import Context, Guarantee, Pass, PassResult
 from onnxcompress.data import Dataset
 from onnxcompress.errors import DataError, ModelError
 from onnxcompress.graph import Graph
 from onnxcompress.islands import TimedIslands, real_types, time_islands
 from onnxcompress.passes import load_pass
 from onnxcompress.quantization.gauge import Gauge, Goal, Reading
+from onnxcompress.quantization.group_search import search_groups
 from onnxcompress.quantization.layer_search import LayerSearch, as_details, describe, search_layers
 from onnxcompress.quantization.sensitivity import affordable_samples, weighing_units
 from onnxcompress.quantization.simulation import Simulation
 from onnxcompress.quantization.variants import Variants
 from onnxcompress.recipe import Recipe
 from onnxcompress.session import Session
-from onnxcompress.shapes import node_macs
+from onnxcompress.shapes import infer_shapes, node_macs
 
 __all__ = ["SEARCH_SHARE", "BudgetedRun", "run_within_budget"]
 
@@ -41,6 +42,8 @@ _LOOK = 16
 #: samples on which a choice of layers is judged, at least and at most, and multiply-accumulates for some dozens of them
 _JUDGED = (16, 256)
 _JUDGED_MACS = 1.5e10
+#: kinds of changes that cost accuracy and are undone by excluding the node
+_LOSSY_CHANGES = ("quantised", "converted")
 #: how often the recipe runs again
 _ATTEMPTS = 3
 
@@ -114,11 +117,17 @@ class _Runner:
         self._last = context
         self._original: Session | None = None
         quantiser = load_pass("insert_qdq")
-        self._position = next((i for i, step in enumerate(recipe.passes) if isinstance(step, quantiser)), None)
+        self._static = next((i for i, step in enumerate(recipe.passes) if isinstance(step, quantiser)), None)
+        #: passes that lose accuracy and can leave nodes alone
+        self._lossy = [
+            i
+            for i, step in enumerate(recipe.passes)
+            if step.guarantee is Guarantee.APPROXIMATE and "exclude_nodes" in type(step).model_fields
+        ]
 
     def run(self) -> BudgetedRun:
         """The whole of it."""
-        searches = self._position is not None and bool(self._goals) and self._data is not None
+        searches = bool(self._lossy) and bool(self._goals) and self._data is not None
         if searches and (self._asked or self._recipe.held_out is not None):
             self._hold_out()
         outcome = self._first(searches)
@@ -132,7 +141,7 @@ class _Runner:
     def _first(self, searches: bool) -> BudgetedRun:
         """The recipe as it is and, where that misses the budget, what was found instead."""
         outcome = self._pass(self._recipe)
-        if not searches or outcome.variants is None:
+        if not searches:
             return outcome
         if self._held_out is None:
             assert self._data is not None
@@ -165,7 +174,7 @@ class _Runner:
         return True
 
     def _samples(self) -> dict[str, int]:
-        if self._data is None or not self._recipe.needs_data:
+        if self._data is None or self._recipe.pipeline().guarantee is not Guarantee.APPROXIMATE:
             return {}
         found = {"calibration": self._data.samples}
         return found if self._held_out is None else {**found, "search": self._held_out.samples}
@@ -189,19 +198,55 @@ class _Runner:
 
     def _searched(self, outcome: BudgetedRun) -> BudgetedRun:
         """``outcome`` where it keeps the budget on the samples of the search, otherwise what does."""
-        variants, data = outcome.variants, self._held_out
-        assert variants is not None and data is not None
-        types = real_types(variants, data)
-        macs = sum(node_macs(variants.graph, types).values())
-        judging = self._gauge(data, max(_JUDGED[0], min(_JUDGED[1], int(_JUDGED_MACS / max(macs, 1)))))
+        data = self._held_out
+        assert data is not None
+        types = infer_shapes(self._graph, {n: v.shape for n, v in data.rebatch(1).first().feeds.items()})
+        macs = node_macs(self._graph, types)
+        cost = max(sum(macs.values()), 1)
+        judging = self._gauge(data, max(_JUDGED[0], min(_JUDGED[1], int(_JUDGED_MACS / cost))))
         before = judging.read(self._runner(outcome))
         if self._met(before):
             return outcome
-        units = 2 * len(weighing_units(variants.placement.units))
-        ranking = self._gauge(data, affordable_samples(units, macs))
-        simulation = Simulation(variants, outcome.result.graph, threads=self._context.threads)
-        samples = {"ranking": ranking.samples, "judging": judging.samples}
+        others = self._others(outcome)
         aims = [goal.tightened() for goal in self._goals]
+        if outcome.variants is not None and (not others or self._static_suffices(outcome, judging, aims)):
+            best = self._simulated(outcome, before, judging, aims, cost)
+        elif others:
+            best = self._rerun(outcome, before, judging, aims, macs)
+        else:
+            best = outcome
+        if best is outcome:
+            outcome.missed = f"no layer that returns to float brings it closer: {describe(self._goals, before)}"
+        if best.missed is not None:
+            self._context.warn(f"on {judging.samples} samples held out for the search, {best.missed}")
+        return best
+
+    def _others(self, outcome: BudgetedRun) -> list[str]:
+        """Nodes that passes other than the static quantiser changed and could leave alone."""
+        names: dict[str, None] = {}
+        for i in self._lossy:
+            if i != self._static:
+                changes = outcome.result.report.children[i].changes
+                names.update(dict.fromkeys(c.node for c in changes if c.node and c.kind in _LOSSY_CHANGES))
+        return list(names)
+
+    def _static_suffices(self, outcome: BudgetedRun, judging: Gauge, aims: Sequence[Goal]) -> bool:
+        """True where what the static quantiser was given keeps the budget."""
+        assert outcome.variants is not None
+        reading = judging.read(Session(outcome.variants.graph, threads=self._context.threads).run)
+        return all(goal.met(reading) for goal in aims)
+
+    def _simulated(
+        self, outcome: BudgetedRun, before: Reading, judging: Gauge, aims: Sequence[Goal], cost: int
+    ) -> BudgetedRun:
+        """Search static INT8 by simulation; what is found runs for real."""
+        variants, data = outcome.variants, self._held_out
+        assert variants is not None and data is not None and self._static is not None
+        units = weighing_units(variants.placement.units)
+        ranking = self._gauge(data, affordable_samples(2 * len(units), cost))
+        simulation = Simulation(variants, outcome.result.graph, threads=self._context.threads)
+        types = real_types(variants, data)
+        samples = {"ranking": ranking.samples, "judging": judging.samples}
         start: tuple[str, ...] = ()
         best = outcome
         for _ in range(_ATTEMPTS):
@@ -210,17 +255,44 @@ class _Runner:
             )
             if found.exclude == start:
                 break
-            best = self._pass(self._excluding(found.exclude))
+            best = self._pass(self._excluding(found.exclude, [self._static]))
             after = judging.read(self._runner(best))
-            best.search = {**self._details(found, before, after, samples), "macs": macs}
-            best.missed = None if self._met(after) else self._missed(found, after, len(units_of(variants)))
+            best.search = {**self._details(found, before, after, samples), "macs": cost}
+            best.missed = None if self._met(after) else self._missed(found, after, len(units))
             if best.missed is None or not found.met:
                 break
             start = found.exclude
-        if best is outcome:
-            outcome.missed = f"no layer that returns to float brings it closer: {describe(self._goals, before)}"
-        if best.missed is not None:
-            self._context.warn(f"on {judging.samples} samples held out for the search, {best.missed}")
+        return best
+
+    def _rerun(
+        self,
+        outcome: BudgetedRun,
+        before: Reading,
+        judging: Gauge,
+        aims: Sequence[Goal],
+        macs: Mapping[str, int],
+    ) -> BudgetedRun:
+        """Search by running the recipe again and again."""
+        candidates = self._others(outcome)
+        if outcome.variants is not None:
+            static = (unit.node.name for unit in weighing_units(outcome.variants.placement.units))
+            candidates += [name for name in static if name not in candidates]
+        order = {node.name: i for i, node in enumerate(self._graph.nodes)}
+        candidates.sort(key=lambda name: order.get(name, len(order)))
+
+        def measure(names: tuple[str, ...]) -> Reading:
+            return judging.read(self._runner(self._pass(self._excluding(names, self._lossy))))
+
+        last = self._last
+        found = search_groups(candidates, measure, aims, macs, self._context.progress)
+        if not found.exclude:
+            self._last = last
+            return outcome
+        best = self._pass(self._excluding(found.exclude, self._lossy))
+        after = judging.read(self._runner(best))
+        samples = {"ranking": judging.samples, "judging": judging.samples}
+        best.search = {**self._details(found, before, after, samples), "macs": max(sum(macs.values()), 1)}
+        best.missed = None if self._met(after) else self._missed(found, after, len(candidates))
         return best
 
     def _details(
@@ -233,12 +305,11 @@ class _Runner:
         count = len({name for step in found.steps for name in step.floats})
         return f"the budget is missed even with {count} of {layers} layers float: {describe(self._goals, after)}"
 
-    def _excluding(self, names: Sequence[str]) -> Recipe:
-        """The recipe whose quantiser leaves ``names`` float as well."""
-        assert self._position is not None
-        step = self._recipe.passes[self._position]
+    def _excluding(self, names: Sequence[str], positions: Sequence[int]) -> Recipe:
+        """The recipe whose passes at ``positions`` leave ``names`` float as well."""
         passes = list(self._recipe.passes)
-        passes[self._position] = _with_excluded(step, names)
+        for i in positions:
+            passes[i] = _with_excluded(passes[i], names)
         return replace(self._recipe, passes=tuple(passes))
 
     # ---- islands
@@ -257,18 +328,14 @@ class _Runner:
         returned = outcome.islands.returned
         if returned:
             self._recipe = outcome.recipe
-            again = self._pass(self._excluding(returned))
+            assert self._static is not None
+            again = self._pass(self._excluding(returned, [self._static]))
             outcome.result, outcome.recipe, outcome.variants = again.result, again.recipe, again.variants
             if again.variants is not None and not again.variants.placement.integer_units:
                 self._context.warn(
                     "no part of the model is faster as integers on this machine, so all of it stays float; without "
                     "the benchmark (--no-benchmark) nothing is timed, and it is quantised for its size"
                 )
-
-
-def units_of(variants: Variants) -> list[Any]:
-    """Integer operators that round."""
-    return weighing_units(variants.placement.units)
 
 
 def _with_excluded(step: Pass, names: Sequence[str]) -> Pass:

@@ -394,11 +394,17 @@ class _Job:
             self.eval_data = synthetic_data(
                 specs, graph=graph, samples=SYNTHETIC_SAMPLES, batch=batch or 1, seed=self.seed + 1
             )
-        elif self.data is not None and not self.recipe.needs_data:
-            self.eval_source, self.eval_data = "data", self.data
+        elif self.data is not None and self.recipe.pipeline().guarantee is not Guarantee.APPROXIMATE:
+            self.eval_source, self.eval_data = "data", self.data  # nothing is learned from it
         elif self.data is not None:
             self.eval_source = "held-out"
-            self.data, self.eval_data = self.data.split(HELD_OUT, self.seed)
+            try:
+                self.data, self.eval_data = self.data.split(HELD_OUT, self.seed)
+            except DataError:
+                if self.recipe.needs_data:
+                    raise
+                self.eval_source, self.eval_data = "data", self.data
+                self.warn("too few samples to hold any out: the result is judged on what its passes have seen")
         for dataset in (self.data, self.eval_data):
             for note in dataset.notes if dataset is not None else ():
                 self.warn(note)

@@ -345,7 +345,9 @@ def _print_search(console: Console, search: Mapping[str, Any]) -> None:
         before, after = (
             "equal" if step[key] is None else f"{step[key]:.1f}" for key in ("sqnr_before_db", "sqnr_after_db")
         )
-        cost = f"{_count(step['macs'])} MACs, about {_seconds(max(step['microseconds'], 0.0) * 1e-6)}"
+        cost = f"{_count(step['macs'])} MACs"
+        if step["microseconds"] is not None:
+            cost += f", about {_seconds(max(step['microseconds'], 0.0) * 1e-6)}"
         _print_line(
             console, f"  SQNR {before} -> {after} dB for {cost}: {printable(names)}{more}; {printable(step['why'])}"
         )

@@ -38,7 +38,7 @@ UPPER = (
     ("cli",),
     ("compress",),
     ("budget", "inspect_model"),
-    ("recipe", "islands"),
+    ("islands", "recipe"),
     ("pipeline", "passes"),
     ("benchmark", "report", "progress"),
 )

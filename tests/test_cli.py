@@ -204,6 +204,17 @@ def test_inspect_tells_macs_and_reasons(call: Callable[..., Result]) -> None:
     assert report["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["N", 3, 8, 8]}]
 
 
+def test_inspect_measures_layers(call: Callable[..., Result]) -> None:
+    result = call("inspect MODEL --sensitivity --data DATA")
+    assert "alone, SQNR" in result.output
+    assert "on 16 samples that did not calibrate" in " ".join(result.output.split())
+    found = json.loads(call("inspect MODEL --sensitivity --data DATA --json").stdout)["sensitivity"]
+    assert {layer["node"] for layer in found["layers"]} == {"conv", "pool", "head"}
+    assert found["samples"] == 16
+    assert found["sqnr_db"] > 20
+    assert "sensitivity" not in json.loads(call("inspect MODEL --json").stdout)
+
+
 def test_compare_models(call: Callable[..., Result]) -> None:
     assert call("fold_batch_norm MODEL -o folded.onnx").exit_code == 0
     report = json.loads(call("compare MODEL folded.onnx --data DATA --tolerance 1e-5 --json").stdout)
@@ -273,6 +284,8 @@ FAILURES = {
     "bad preprocessing": ("compress MODEL --data DATA -o out.onnx --preprocess sise=3", 2, "preprocess"),
     "input as output": ("compress MODEL --data DATA -o MODEL", 2, "is the model itself"),
     "bad model": ("inspect DATA", 3, "error: "),
+    "sensitivity without data": ("inspect MODEL --sensitivity", 2, "error: --sensitivity quantises the model"),
+    "data that nobody reads": ("inspect MODEL --data DATA", 2, "error: --data is read by --sensitivity only"),
     "accuracy": (COMPRESS.replace("50", "0") + " --evaluate score.py:exact", 4, "the budget is 0"),
     "slower": (
         COMPRESS.replace("--no-benchmark", "--benchmark-seconds 0.2 --fail-if-slower-than 1000"),

@@ -78,6 +78,7 @@ ERRORS = {
     "version as a word": ("version: yes\npasses: []", "recipe:1: version: found True; this release reads version 1"),
     "unknown key": (HEAD + "pases: []", "recipe:2: pases: unknown key; did you mean 'passes'?"),
     "strange key": (HEAD + "x: 1", "recipe:2: x: unknown key; expected one of version, target, seed, held_out, passes"),
+    "held out": (HEAD + "held_out: 1\npasses: []", "recipe:2: held_out: expected a number between 0 and 1, found 1"),
     "target": (HEAD + "target: [cpu]\npasses: []", "recipe:2: target: expected a name, found ['cpu']"),
     "unknown target": (
         HEAD + "target: gpu2\npasses: []",
@@ -199,3 +200,10 @@ def test_yaml_is_plain_and_in_order() -> None:
     text = Recipe((load_pass("fold_constants")(),), seed=3).to_yaml()
     assert yaml.safe_load(text) == {"version": 1, "target": "cpu", "seed": 3, "passes": [{"fold_constants": {}}]}
     assert [line.split(":")[0] for line in text.splitlines()[:4]] == ["version", "target", "seed", "passes"]
+
+
+def test_what_is_held_out_survives_a_round_trip() -> None:
+    recipe = parse_recipe("version: 1\nheld_out: 0.25\npasses: [fold_constants]")
+    assert recipe.held_out == 0.25
+    assert parse_recipe(recipe.to_yaml()) == recipe
+    assert "held_out" not in parse_recipe("version: 1\npasses: [fold_constants]").to_yaml()

@@ -60,7 +60,7 @@ class ReturnedLayers:
         sqnr_before_db: at the model's outputs, on the samples of the search; None where the outputs are equal.
         sqnr_after_db: the same afterwards.
         macs: multiply-accumulates a sample that are float now.
-        microseconds: of a run that they are estimated to cost; only proportions mean something.
+        microseconds: of a run that they are estimated to cost; only proportions mean something. None: not known.
     """
 
     nodes: tuple[str, ...]
@@ -69,7 +69,7 @@ class ReturnedLayers:
     sqnr_before_db: float | None
     sqnr_after_db: float | None
     macs: int
-    microseconds: float
+    microseconds: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for the report."""
