@@ -13,6 +13,7 @@ budget; otherwise all samples calibrate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -184,8 +185,10 @@ class _Runner:
     def _gauge(self, data: Dataset, samples: int) -> Gauge:
         if self._original is None:
             self._original = Session(self._graph, threads=self._context.threads)
-        if samples < data.samples:  # spread over all of them, whatever their order
-            data = data.split(samples / data.samples, self._context.seed)[1]
+        if samples < data.samples:
+            with suppress(DataError):  # too few batches to choose from: the first ones, then
+                # spread over all of them, whatever their order
+                data = data.split(samples / data.samples, self._context.seed)[1]
         return Gauge(self._original.run, data, samples)
 
     def _runner(self, outcome: BudgetedRun) -> Any:

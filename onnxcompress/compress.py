@@ -24,19 +24,30 @@ from onnxcompress.benchmark import BenchmarkResult, benchmark
 from onnxcompress.budget import BudgetedRun, run_within_budget
 from onnxcompress.data import Dataset, open_data, synthetic_data
 from onnxcompress.destination import checked_destination
-from onnxcompress.errors import AccuracyError, DataError, ModelError, OnnxCompressError, SlowerError, UsageError
+from onnxcompress.errors import AccuracyError, DataError, ModelError, OnnxCompressError, UsageError
 from onnxcompress.evaluate import Evaluator, LabelRanks, checked_metric, label_ranks, load_evaluator
 from onnxcompress.graph import Graph, input_specs, model_info
 from onnxcompress.inspect_model import PlannedNode, plan, total_macs
 from onnxcompress.io import SavedModel, load, model_bytes, save
 from onnxcompress.islands import TimedIslands
-from onnxcompress.quantization.gauge import Goal
+from onnxcompress.judging import (
+    DEFAULT_DROP,
+    LEAST_SQNR,
+    Budget,
+    Metric,
+    Verification,
+    interval,
+    points,
+    sampling_error,
+    search_goals,
+    slower_error,
+)
 from onnxcompress.quantization.placement import costly_conversions
 from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_decisions, with_exclusions
 from onnxcompress.session import Session, import_onnxruntime
 from onnxcompress.shapes import graph_stats
 from onnxcompress.targets import get_target
-from onnxcompress.verify import OutputComparison, agreement, check_equivalent, compare
+from onnxcompress.verify import check_equivalent, compare
 
 if TYPE_CHECKING:
     from onnxcompress.data import Preprocess
@@ -54,10 +65,6 @@ __all__ = [
 
 #: relative L2 that a change of the order of floating-point operations may cause
 EQUIVALENT_TOLERANCE = 1e-5
-#: points that the task metric may lose where nobody says
-DEFAULT_DROP = 0.5
-#: SQNR in dB below which a result computes something else, whatever the task: its error is a third of the signal
-LEAST_SQNR = 10.0
 #: agreement below which a person should look, where there is no metric
 GOOD_AGREEMENT = 0.995
 #: share of ``data`` held out for verification where there is no ``eval_data``
@@ -76,63 +83,6 @@ class ModelSize:
     parameters: int
     macs: int
     bytes: int
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A task metric of the original and of the result, higher is better."""
-
-    name: str
-    original: float
-    result: float
-
-    @property
-    def drop(self) -> float:
-        """How far the result is below the original, in points.
-
-        Where the original's value lies in -1 .. 1 the metric is taken as a fraction and a point is 0.01 of it;
-        otherwise (percent, dB) a point is 1.
-        """
-        scale = 100.0 if abs(self.original) <= 1.0 else 1.0
-        return (self.original - self.result) * scale
-
-
-@dataclass(frozen=True)
-class Verification:
-    """All outputs of the result against the original's, over ``samples`` samples from ``source``."""
-
-    #: "eval-data", "data", "held-out", "random" or "synthetic"
-    source: str
-    samples: int
-    fingerprint: str
-    outputs: tuple[OutputComparison, ...]
-
-    @property
-    def agreement(self) -> float | None:
-        """Share with the same argmax, of the first output that has classes; None where none has.
-
-        An output that may hold one row of scores a sample goes first.
-        """
-        return agreement(self.outputs)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the result was held against, and what was found."""
-
-    #: the metric's name, "agreement" or "SQNR"
-    basis: str
-    #: points that it may lose; for "SQNR" the dB that it must keep
-    limit: float
-    #: points that it has lost; for "SQNR" the dB that it has kept
-    found: float
-
-    @property
-    def met(self) -> bool:
-        """False also where what was found is not a number."""
-        if self.basis == "SQNR":
-            return self.found >= self.limit
-        return self.found <= self.limit + 1e-9
 
 
 @dataclass(frozen=True)
@@ -458,10 +408,10 @@ class _Job:
             warnings=self.warnings,
         )
         asked = not isinstance(self.max_drop, str | None)
+        labels = [data is not None and data.has_labels for data in (self.data, self.eval_data)]
+        goals = search_goals(self.max_drop, *labels, evaluates=self.evaluate is not None) if self.verify else []
         with self.timed("passes"):
-            self.budgeted = run_within_budget(
-                self.recipe, graph, context, self.goals(), asked=asked, time_it=self.benchmark
-            )
+            self.budgeted = run_within_budget(self.recipe, graph, context, goals, asked=asked, time_it=self.benchmark)
         done = self.budgeted.result
         for message in unmatched_exclusions(self.recipe, (graph, done.graph)):
             self.warn(message)
@@ -498,21 +448,6 @@ class _Job:
                 result = replace(result, saved=saved, failure=None)
         return replace(result, warnings=tuple(self.warnings))
 
-    def goals(self) -> list[Goal]:
-        """What a search of layers is held to: as near to the budget of the end as calibration samples can tell."""
-        if self.max_drop is None or not self.verify or self.data is None:
-            return []
-        metric = self.evaluate is not None or (self.eval_data is not None and self.eval_data.has_labels)
-        if self.max_drop == "auto":
-            if self.evaluate is not None or not metric:
-                return [Goal("SQNR", LEAST_SQNR)]
-            return [Goal("top-1" if self.data.has_labels else "expected top-1", DEFAULT_DROP, lenient=True)]
-        if not metric:
-            return [Goal("agreement", self.max_drop)]
-        if self.data.has_labels:
-            return [Goal("top-1", self.max_drop)]
-        return [Goal("cosine" if self.evaluate is not None else "expected top-1", self.max_drop)]
-
     def sample_counts(self) -> dict[str, int]:
         """Samples by what they were for."""
         counts = dict(self.budgeted.samples) if self.budgeted is not None else {}
@@ -542,12 +477,12 @@ class _Job:
             result = replace(result, benchmark=timing)
             limit = self.fail_if_slower_than
             if timing.verdict == "SLOWER":
-                self.warn(f"the result is slower than the original: its speed is {_interval(timing)}{self.slowed_by()}")
+                self.warn(f"the result is slower than the original: its speed is {interval(timing)}{self.slowed_by()}")
             if limit is not None:
                 failure = failure or slower_error(timing, limit)
                 if timing.low < limit <= timing.high:
                     self.warn(
-                        f"whether the result reaches {limit:g}x is undecided: its speed is {_interval(timing)}; "
+                        f"whether the result reaches {limit:g}x is undecided: its speed is {interval(timing)}; "
                         "measure longer with --benchmark-seconds"
                     )
         return replace(result, failure=failure)
@@ -661,7 +596,7 @@ class _Job:
         automatic = self.max_drop == "auto" and (self.budgeted is None or self.budgeted.search is None)
         drop = "give --max-drop to let layers return to float" if automatic else "raise --max-drop"
         return (
-            f"{what} is {budget.found:.2f} points lower{on}, the budget is {_points(budget.limit)}{told}; "
+            f"{what} is {budget.found:.2f} points lower{on}, the budget is {points(budget.limit)}{told}; "
             f"{hint}{drop}, exclude operators or --force it"
         )
 
@@ -681,27 +616,6 @@ class _Job:
         return result
 
 
-def sampling_error(original: LabelRanks, result: LabelRanks) -> float:
-    """Standard error in points of the difference of both models' top-1, which see the same samples.
-
-    Only samples that one of both has right and the other wrong move the difference; each moves it by one sample, up or
-    down. Source: McNemar's test, without its continuity correction.
-    """
-    differing = int((original.top(1) != result.top(1)).sum())
-    return 100.0 * math.sqrt(differing) / len(original.ranks)
-
-
-def slower_error(timing: BenchmarkResult, limit: float) -> SlowerError | None:
-    """The error where the whole interval of the ratio lies below ``limit``; an undecided ratio is none."""
-    if timing.high >= limit:
-        return None
-    return SlowerError(f"the speed is {_interval(timing)}; {limit:g}x or more is asked for")
-
-
-def _interval(timing: BenchmarkResult) -> str:
-    return f"{timing.ratio:.2f}x the original's, 95 % interval {timing.low:.2f} to {timing.high:.2f}"
-
-
 def _with_reasons(audit: Mapping[str, Any], returned: Mapping[str, str]) -> Mapping[str, Any]:
     """``audit`` with the reasons of those nodes that returned to float by measurement."""
     floats = [{**node, "reason": returned.get(node["node"], node["reason"])} for node in audit["floats"]]
@@ -711,10 +625,6 @@ def _with_reasons(audit: Mapping[str, Any], returned: Mapping[str, str]) -> Mapp
 def _same_file(data: Any, eval_data: Any) -> bool:
     paths = [Path(p) for p in (data, eval_data) if isinstance(p, str | os.PathLike)]
     return len(paths) == 2 and all(p.exists() for p in paths) and paths[0].samefile(paths[1])
-
-
-def _points(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def _size(graph: Graph, size: int) -> ModelSize:

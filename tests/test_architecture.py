@@ -38,7 +38,7 @@ UPPER = (
     ("cli",),
     ("compress",),
     ("budget", "inspect_model"),
-    ("islands", "recipe"),
+    ("islands", "judging", "recipe"),
     ("pipeline", "passes"),
     ("benchmark", "report", "progress"),
 )
