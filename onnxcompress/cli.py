@@ -415,7 +415,8 @@ def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> N
     type=_Number(0),
     metavar="POINTS",
     help="Points that the metric, or without one the agreement with the original, may lose. Default: 0.5 of "
-    "--evaluate; 0.5 and the sampling error with labels; without a metric the output must keep 10 dB SQNR.",
+    "--evaluate; 0.5 and the sampling error with labels; without a metric the output must keep 10 dB SQNR. "
+    "Layers return to float until it is kept, searched on samples held out of --data.",
 )
 @click.option(
     "--exclude", multiple=True, metavar="NAME", help="Leave operators float: name, type or pattern; repeatable."

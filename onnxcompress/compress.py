@@ -169,8 +169,11 @@ def compress(
         max_drop: how many points the metric may lose, or the agreement with the original where there is no metric.
             "auto": 0.5 for a metric of ``evaluate``; 0.5 and the sampling error of the comparison for labels,
             ``100 * sqrt(samples that only one of both models has right) / samples``; without a metric the first
-            floating-point output must keep 10 dB SQNR. None: no budget.
-        benchmark: time the result against the original, one thread, in pairs.
+            floating-point output must keep 10 dB SQNR. None: no budget. Where samples that are held out of ``data``
+            (a quarter) show that it will be missed, layers return to float until it is kept; with "auto" they are held
+            out only where a look at some samples shows that the result is far off.
+        benchmark: time the result against the original, one thread, in pairs; and time integer regions that may cost
+            more than they save, which return to float where they do.
         benchmark_seconds: about how long that may take.
         fail_if_slower_than: the least ratio of times (original over result) that is accepted.
         verify: compare the outputs with the original's.
