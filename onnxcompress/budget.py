@@ -25,7 +25,13 @@ from onnxcompress.islands import TimedIslands, real_types, time_islands
 from onnxcompress.passes import load_pass
 from onnxcompress.quantization.gauge import Gauge, Goal, Reading
 from onnxcompress.quantization.group_search import search_groups
-from onnxcompress.quantization.layer_search import LayerSearch, as_details, describe, search_layers
+from onnxcompress.quantization.layer_search import (
+    LayerSearch,
+    ReturnedLayers,
+    as_details,
+    describe,
+    search_layers,
+)
 from onnxcompress.quantization.sensitivity import affordable_samples, weighing_units
 from onnxcompress.quantization.simulation import Simulation
 from onnxcompress.quantization.variants import Variants
@@ -251,15 +257,27 @@ class _Runner:
         types = real_types(variants, data)
         samples = {"ranking": ranking.samples, "judging": judging.samples}
         start: tuple[str, ...] = ()
+        known: dict[str, float] = {}
+        told: list[ReturnedLayers] = []
         best = outcome
         for _ in range(_ATTEMPTS):
             found = search_layers(
-                simulation, ranking, judging, aims, start=start, types=types, progress=self._context.progress
+                simulation,
+                ranking,
+                judging,
+                aims,
+                start=start,
+                types=types,
+                known=known,
+                progress=self._context.progress,
             )
+            known = dict(found.sources)
+            told += found.steps[1:] if start else found.steps  # the first is what earlier searches found
             if found.exclude == start:
                 break
             best = self._pass(self._excluding(found.exclude, [self._static]))
             after = judging.read(self._runner(best))
+            found = replace(found, steps=tuple(told))
             best.search = {**self._details(found, before, after, samples), "macs": cost}
             best.missed = None if self._met(after) else self._missed(found, after, len(units))
             if best.missed is None or not found.met:

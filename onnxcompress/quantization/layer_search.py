@@ -132,6 +132,7 @@ def search_layers(
     *,
     start: Iterable[str] = (),
     types: Mapping[str, TensorType] | None = None,
+    known: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> LayerSearch:
     """Return layers to float until all of ``goals`` are met.
@@ -143,9 +144,10 @@ def search_layers(
         goals: what to keep to.
         start: nodes that are excluded already; at least one more is then returned.
         types: of a real sample, by which costs are estimated; default: those that the quantiser went by.
+        known: ``sources`` of an earlier search, which are then not measured again.
         progress: shows how far the work is.
     """
-    search = _Search(simulation, ranking, judging, goals, types, progress)
+    search = _Search(simulation, ranking, judging, goals, types, known or {}, progress)
     return search.run(tuple(start))
 
 
@@ -157,6 +159,7 @@ class _Search:
         judging: Gauge,
         goals: Sequence[Goal],
         types: Mapping[str, TensorType] | None,
+        known: Mapping[str, float],
         progress: Progress | None,
     ) -> None:
         self._simulation = simulation
@@ -173,7 +176,7 @@ class _Search:
         self._units = weighing_units(self._whole.placement.units)
         #: switches of each source, and the error that it makes alone
         self._sources: dict[str, Switches] = {}
-        self._errors: dict[str, float] = {}
+        self._errors: dict[str, float] = dict(known)
 
     # ---- measuring
 
@@ -195,6 +198,8 @@ class _Search:
             self._sources[f"unit {unit.node.name}"] = self._simulation.weights(unit)
         for representative in self._whole.placement.sources:
             self._sources[f"tensor {representative}"] = self._simulation.tensors(representative)
+        if self._errors:
+            return
         floor = _finite(self._read(self._ranking, frozenset()).error)
         names = [name for name, on in self._sources.items() if on]
         tracked: Iterable[str] = names
@@ -325,25 +330,30 @@ class _Search:
             yield self._read(self._judging, state.on)
 
     def _pruned(self, states: list[_State], after: Reading, fixed: int) -> tuple[list[_State], Reading]:
-        """Without the steps that the budget is met without, those that cost most time first."""
+        """Without what is not needed: half of the last step, then whole steps, the last and least worth first."""
         parts = [b.exclude[len(a.exclude) :] for a, b in pairwise(states)]
-        costs = [a.saved - b.saved for a, b in pairwise(states)]
         first = 1 if fixed else 0
-        order = sorted(range(first, len(parts)), key=lambda i: -costs[i])[:_PRUNED]
-        dropped: set[int] = set()
-        for index in order:
-            if len(parts) - len(dropped) - 1 <= first:
+
+        def tried(kept: Sequence[tuple[str, ...]]) -> Reading | None:
+            reading = self._read(self._judging, self._state(tuple(name for part in kept for name in part)).on)
+            return reading if self._met(reading) else None
+
+        while len(parts) > first and len(parts[-1]) > 1:
+            halved = [*parts[:-1], parts[-1][: (len(parts[-1]) + 1) // 2]]
+            reading = tried(halved)
+            if reading is None:
                 break
-            kept = [p for i, p in enumerate(parts) if i not in dropped | {index}]
-            state = self._state(tuple(name for part in kept for name in part))
-            reading = self._read(self._judging, state.on)
-            if self._met(reading):
-                dropped.add(index)
-                after = reading
+            parts, after = halved, reading
+        for part in list(reversed(parts[first:]))[:_PRUNED]:
+            kept = [p for p in parts if p is not part]
+            if len(kept) == first:
+                break
+            reading = tried(kept)
+            if reading is not None:
+                parts, after = kept, reading
         kept_states = [self._whole]
-        for index, part in enumerate(parts):
-            if index not in dropped:
-                kept_states.append(self._state((*kept_states[-1].exclude, *part)))
+        for part in parts:
+            kept_states.append(self._state((*kept_states[-1].exclude, *part)))
         return kept_states, after
 
     # ---- telling
