@@ -256,21 +256,22 @@ class _Runner:
         simulation = Simulation(variants, outcome.result.graph, threads=self._context.threads)
         types = real_types(variants, data)
         samples = {"ranking": ranking.samples, "judging": judging.samples}
+
+        def search(goals: Sequence[Goal], start: tuple[str, ...], known: Mapping[str, float]) -> LayerSearch:
+            progress = self._context.progress
+            return search_layers(
+                simulation, ranking, judging, goals, start=start, types=types, known=known, progress=progress
+            )
+
         start: tuple[str, ...] = ()
         known: dict[str, float] = {}
         told: list[ReturnedLayers] = []
         best = outcome
         for _ in range(_ATTEMPTS):
-            found = search_layers(
-                simulation,
-                ranking,
-                judging,
-                aims,
-                start=start,
-                types=types,
-                known=known,
-                progress=self._context.progress,
-            )
+            found = search(aims, start, known)
+            if not found.met:  # what leaves no room to spare is better than nearly nothing in integers
+                exact = search(self._goals, start, dict(found.sources))
+                found = exact if exact.met else found
             known = dict(found.sources)
             told += found.steps[1:] if start else found.steps  # the first is what earlier searches found
             if found.exclude == start:
