@@ -216,6 +216,7 @@ class _Runner:
         before = judging.read(self._runner(outcome))
         if self._met(before):
             return outcome
+        self._recipe = self._decided(outcome)
         others = self._others(outcome)
         aims = [goal.tightened() for goal in self._goals]
         if outcome.variants is not None and (not others or self._static_suffices(outcome, judging, aims)):
@@ -326,6 +327,18 @@ class _Runner:
     def _missed(self, found: LayerSearch, after: Reading, layers: int) -> str:
         count = len({name for step in found.steps for name in step.floats})
         return f"the budget is missed even with {count} of {layers} layers float: {describe(self._goals, after)}"
+
+    def _decided(self, outcome: BudgetedRun) -> Recipe:
+        """The recipe with what its passes decided, so that nothing is measured anew for every choice of layers.
+
+        The static quantiser decides again: the best ranges depend on which layers are integer.
+        """
+        passes = list(self._recipe.passes)
+        for i, child in enumerate(outcome.result.report.children):
+            if i != self._static and child.decisions:
+                options = {**passes[i].model_dump(mode="json", exclude_defaults=True), **child.decisions}
+                passes[i] = type(passes[i]).model_validate(options)
+        return replace(self._recipe, passes=tuple(passes))
 
     def _excluding(self, names: Sequence[str], positions: Sequence[int]) -> Recipe:
         """The recipe whose passes at ``positions`` leave ``names`` float as well."""
