@@ -16,7 +16,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from onnxcompress.base import Progress
+from onnxcompress.base import Progress, SilentProgress
 from onnxcompress.benchmark import benchmark
 from onnxcompress.data import Dataset
 from onnxcompress.quantization.placement import Island, Placement, Unit, find_islands
@@ -124,8 +124,15 @@ def time_islands(
     regions = doubtful_regions(variants.placement, types, node_macs(variants.graph, types))
     if not regions:
         return TimedIslands()
-    watch = _Watch(variants, data, seed, progress)
-    functions = frozenset(unit.node.name for unit in variants.placement.integer_units if unit.node.op in _FUNCTIONS)
+    shown = progress if progress is not None else SilentProgress()
+    for watch in shown.track((_Watch(variants, data, seed, shown),), "timing integer regions, some seconds", 1):
+        returned = _slow(watch, regions)
+    return TimedIslands(tuple(watch.comparisons), watch.ordered(returned))
+
+
+def _slow(watch: _Watch, regions: Sequence[tuple[str, ...]]) -> frozenset[str]:
+    """Operators of ``regions`` that are faster in floats."""
+    functions = watch.functions()
     returned: frozenset[str] = frozenset()
     if functions and watch.running() and watch.compare(functions, returned).low > 1.0:
         returned = functions
@@ -146,7 +153,7 @@ def time_islands(
             returned -= names
         else:
             back += _halves(group)
-    return TimedIslands(tuple(watch.comparisons), watch.ordered(returned))
+    return returned
 
 
 def _halves(group: Sequence[tuple[str, ...]]) -> list[Sequence[tuple[str, ...]]]:
@@ -162,7 +169,7 @@ def _names(units: Iterable[Unit]) -> tuple[str, ...]:
 class _Watch:
     """Times variants of one model, as long as time and comparisons last."""
 
-    def __init__(self, variants: Variants, data: Dataset, seed: int, progress: Progress | None) -> None:
+    def __init__(self, variants: Variants, data: Dataset, seed: int, progress: Progress) -> None:
         self._variants = variants
         self._data = data
         self._seed = seed
@@ -172,6 +179,10 @@ class _Watch:
         Session(variants.written(), threads=1)
         # Where creating the sessions of one comparison takes longer than all timing may, nothing is timed.
         self._possible = 2 * _SESSIONS * (time.perf_counter() - self._begin) < _SECONDS
+
+    def functions(self) -> frozenset[str]:
+        """Element-wise functions on integers."""
+        return frozenset(u.node.name for u in self._variants.placement.integer_units if u.node.op in _FUNCTIONS)
 
     def running(self) -> bool:
         """True where another comparison may be made."""

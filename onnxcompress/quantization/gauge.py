@@ -38,8 +38,8 @@ Basis = Literal["top-1", "expected top-1", "agreement", "cosine", "SQNR"]
 
 #: sums of a score and an error that pairing may take
 _PRODUCTS = 200_000_000
-#: bytes of the original's outputs that are kept
-_MEMORY = 1 << 27
+#: bytes of samples and of the original's outputs that are kept
+_MEMORY = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Gauge:
     Args:
         original: runs the original.
         data: samples; labels are used where it has them.
-        samples: at most this many; fewer where the original's outputs would fill more than 128 MiB.
+        samples: at most this many; fewer where they and the original's outputs would fill more than 256 MiB.
 
     Raises:
         DataError: there are no samples.
@@ -123,7 +123,8 @@ class Gauge:
         held = 0
         for batch in data.take(max(samples, data.fixed_batch or 1)):
             outputs = original(batch.feeds)
-            held += sum(value.nbytes for value in outputs.values() if isinstance(value, np.ndarray))
+            arrays = (*batch.feeds.values(), *outputs.values())
+            held += sum(value.nbytes for value in arrays if isinstance(value, np.ndarray))
             if self._batches and held > _MEMORY:
                 break
             self._batches.append(batch)
