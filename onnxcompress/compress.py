@@ -586,8 +586,7 @@ class _Job:
     def missed(self, budget: Budget, verification: Verification) -> str:
         """What to say about a missed budget."""
         on = f" on {verification.samples} samples ({verification.source})" if self.evaluate is None else ""
-        searched = self.budgeted.missed if self.budgeted is not None else None
-        told = f"; also on the samples of the search {searched}" if searched is not None else ""
+        told = self.told_by_search()
         if budget.basis == "SQNR":
             first = next(o for o in verification.outputs if o.equal_elements is None)
             return (
@@ -602,6 +601,17 @@ class _Job:
             f"{what} is {budget.found:.2f} points lower{on}, the budget is {points(budget.limit)}{told}; "
             f"{hint}{drop}, exclude operators or --force it"
         )
+
+    def told_by_search(self) -> str:
+        """What the search of layers adds to the message of a missed budget."""
+        if self.budgeted is None:
+            return ""
+        if self.budgeted.missed is not None:
+            return f"; also on the samples of the search {self.budgeted.missed}"
+        if self.budgeted.search is not None:
+            count = self.budgeted.search["samples"]["judging"]
+            return f"; on {count} samples of the search it is kept: calibrate on more of them, more like these"
+        return ""
 
     def timing(self, staged: SavedModel) -> BenchmarkResult:
         """Time the staged file against the original, one sample at a time on one thread."""

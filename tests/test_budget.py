@@ -164,3 +164,9 @@ def test_what_returned_is_printed(run: Callable[..., CompressResult]) -> None:
     assert "budget met on 24 samples that nothing else saw" in text
     assert "calibrated on 72, searched on 24" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_budget_that_only_the_search_could_keep_is_told(run: Callable[..., CompressResult]) -> None:
+    scores = iter([0.9, 0.5])
+    with pytest.raises(AccuracyError, match=r"the budget is 1; on 24 samples of the search it is kept: calibrate on"):
+        run(evaluate=lambda answer: next(scores), max_drop=1.0)
