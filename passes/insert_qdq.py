@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat, field_validator
 
@@ -32,13 +32,23 @@ from onnxcompress.quantization.audit import FusionAudit, audit
 from onnxcompress.quantization.calibration import calibrate, observe, range_of
 from onnxcompress.quantization.calibration_cache import CalibrationKey, graph_sha256, read_ranges, write_ranges
 from onnxcompress.quantization.canonical import to_canonical_form
-from onnxcompress.quantization.observers import CLIPPING_WEIGHT, MseObserver
+from onnxcompress.quantization.observers import CLIPPING_WEIGHT, PEAK_CLIPPING_WEIGHT, WeightedMseObserver
 from onnxcompress.quantization.placement import Placement, place, why
 from onnxcompress.quantization.qdq import insert_quantizers
-from onnxcompress.quantization.range_search import RangeSearch, default_evaluations, ladder, search_ranges
+from onnxcompress.quantization.range_search import (
+    RangeSearch,
+    at_rung,
+    default_evaluations,
+    ladder,
+    search_ranges,
+    set_apart,
+)
 from onnxcompress.quantization.variants import Variants
 from onnxcompress.shapes import TensorType, infer_shapes, node_macs
 from onnxcompress.targets import Target, get_target
+
+if TYPE_CHECKING:
+    from onnxcompress.data import Dataset
 
 __all__ = ["InsertQdq"]
 
@@ -233,6 +243,7 @@ class InsertQdq(Pass):
             shared=placement.sources.values(),
             scheme=placement.target.activations,
             percentile=self.percentile,
+            peaks=placement.peaks(),
             threads=context.threads,
             progress=context.progress,
         )
@@ -247,11 +258,27 @@ class InsertQdq(Pass):
             for name, sources in placement.sources.items()
             if any(s not in given for s in sources)
         }
-        observers = {name: MseObserver(target.activations, CLIPPING_WEIGHT) for name in open_classes}
+        peaks = placement.peaks()
+        observers = {
+            name: WeightedMseObserver(
+                target.activations, PEAK_CLIPPING_WEIGHT if peaks & set(sources) else CLIPPING_WEIGHT
+            )
+            for name, sources in open_classes.items()
+        }
         watchers = {s: observers[name] for name, sources in open_classes.items() for s in sources}
-        observe(graph, watchers, context.data, threads=context.threads, progress=context.progress)
-        for name, watching in observers.items():
-            range_of(open_classes[name][0], watching.min_max())
+
+        def see(data: Dataset) -> None:
+            observe(graph, watchers, data, threads=context.threads, progress=context.progress)
+            for name, watching in observers.items():
+                range_of(open_classes[name][0], watching.min_max())
+
+        try:
+            rest, judging = set_apart(context.data, context.seed)
+        except DataError as error:
+            see(context.data)
+            context.warn(f"{error}; taken instead: the observer weighted_mse")
+            return {s: observers[name].range() for name, sources in open_classes.items() for s in sources}
+        see(rest)
         rungs = {name: ladder(watching) for name, watching in observers.items()}
 
         def spread(ranges: Mapping[str, Range]) -> dict[str, Range]:
@@ -270,22 +297,26 @@ class InsertQdq(Pass):
         evaluations = self.search_evaluations
         if evaluations is None:
             evaluations = default_evaluations(sum(node_macs(graph, placement.types).values()))
+        refused: DataError | None = None
         try:
             found: RangeSearch = search_ranges(
                 graph,
                 written,
                 rungs,
-                context.data,
+                judging,
                 evaluations=evaluations,
                 seed=context.seed,
                 threads=context.threads,
                 progress=context.progress,
             )
         except DataError as error:
-            context.warn(f"{error}; taken instead: the observer weighted_mse")
-            return {s: range_of(s, observers[name].range()) for name, sources in open_classes.items() for s in sources}
+            refused = error
+        see(judging)  # what was judged by counts for the ranges as well
+        if refused is not None:
+            context.warn(f"{refused}; taken instead: the observer weighted_mse")
+            return spread({name: watching.range() for name, watching in observers.items()})
         yield Detail("range_search", found.to_dict())
-        return spread(found.ranges)
+        return spread({name: at_rung(watching, found.clipping[name]) for name, watching in observers.items()})
 
 
 def _sources(placement: Placement) -> list[str]:

@@ -154,6 +154,7 @@ class RoundWeights(Pass):
         gram, cross = train.normal_equations(centred=with_bias)
         rest = cross / scale - (aim - start) @ gram  # what the float weights leave of the residual
         rounding = _damped(gram, _DAMPING)
+        bounds = integer_bounds(start, largest_pair)
         before = best = held_out.relative(np.zeros_like(start), 0.0)
         answer = None
         for ridge in (None, *self.ridge):
@@ -162,12 +163,7 @@ class RoundWeights(Pass):
                 wanted = aim + np.linalg.solve(_damped(gram, ridge), rest.swapaxes(1, 2)).swapaxes(1, 2)
             elif original is None:
                 continue
-            integers = np.stack(
-                [
-                    round_columns(*each, integer_bounds(each[2], largest_pair))
-                    for each in zip(wanted, rounding, start, strict=True)
-                ]
-            )
+            integers = round_columns(wanted, rounding, start, bounds)
             change = (integers - start) * scale
             shift = train.best_shift(change) if with_bias else np.zeros(scale.shape[:2])
             after = held_out.relative(change, shift)
@@ -226,7 +222,7 @@ def _damped(gram: Floats, ridge: float) -> Floats:
 
 
 def integer_bounds(start: Floats, largest_pair: int | None) -> tuple[Floats, Floats]:
-    """(smallest, largest) integer allowed at each place of ``start``, [filters, columns].
+    """(smallest, largest) integer allowed at each place of ``start``, [groups, filters, columns].
 
     Where two products must not saturate, the integers of one sign may not sum to more than ``largest_pair``, any two of
     a filter. The largest one may stay what it is, and the others must leave room for it.
@@ -235,10 +231,10 @@ def integer_bounds(start: Floats, largest_pair: int | None) -> tuple[Floats, Flo
         return np.full(start.shape, -float(_LARGEST)), np.full(start.shape, float(_LARGEST))
     ends = []
     for values in (-start, start):
-        place = values.argmax(axis=1)[:, None]
-        first = np.maximum(np.take_along_axis(values, place, axis=1), largest_pair // 2)
+        place = values.argmax(axis=-1)[..., None]
+        first = np.maximum(np.take_along_axis(values, place, axis=-1), largest_pair // 2)
         limit = np.broadcast_to(np.minimum(largest_pair - first, _LARGEST), values.shape).copy()
-        np.put_along_axis(limit, place, np.minimum(first, _LARGEST), axis=1)
+        np.put_along_axis(limit, place, np.minimum(first, _LARGEST), axis=-1)
         ends.append(np.maximum(limit, 0.0))
     return -ends[0], ends[1]
 
@@ -250,59 +246,99 @@ def round_columns(wanted: Floats, gram: Floats, start: Floats, bounds: tuple[Flo
     and the result is improved one integer at a time until none helps. A row for which ``start`` is better keeps it.
 
     Args:
-        wanted: real weights in units of the scale, [filters, columns].
-        gram: positive definite, [columns, columns].
-        start: integers to be beaten, [filters, columns].
+        wanted: real weights in units of the scale, [groups, filters, columns].
+        gram: positive definite, [groups, columns, columns].
+        start: integers to be beaten, [groups, filters, columns].
         bounds: smallest and largest integer allowed at each place; -127 and 127 by default.
     """
     low, high = bounds if bounds is not None else integer_bounds(start, None)
-    order = np.argsort(-np.diag(gram), kind="stable")
-    sorted_gram = gram[np.ix_(order, order)]
-    # Row i of the upper factor of the inverse says how the error of column i is spread over the columns after it.
-    spread = np.linalg.cholesky(np.linalg.inv(sorted_gram)).T
-    rest = wanted[:, order].copy()
-    columns = len(order)
-    integers = np.empty_like(rest)
-    block = 64
-    for begin in range(0, columns, block):
-        end = min(begin + block, columns)
-        errors = np.empty((len(rest), end - begin))
-        for i in range(begin, end):
-            integers[:, i] = np.clip(np.rint(rest[:, i]), low[:, order[i]], high[:, order[i]])
-            error = (rest[:, i] - integers[:, i]) / spread[i, i]
-            rest[:, i:end] -= error[:, None] * spread[i, i:end]
-            errors[:, i - begin] = error
-        rest[:, end:] -= errors @ spread[begin:end, end:]
-    result = np.empty_like(integers)
-    result[:, order] = integers
+    result = _spread_errors(wanted, gram, low, high)
     result = _descend(result, wanted, gram, low, high)
-    other = _descend(start, wanted, gram, low, high) if columns <= _FEW else start
+    other = _descend(start, wanted, gram, low, high) if gram.shape[-1] <= _FEW else start
     worse = _objective(result, wanted, gram) > _objective(other, wanted, gram)
     result[worse] = other[worse]
     return result
 
 
+def _spread_errors(wanted: Floats, gram: Floats, low: Floats, high: Floats) -> Floats:
+    """Each column rounded in turn, its error made up for by the columns that follow."""
+    order = np.argsort(-np.diagonal(gram, axis1=1, axis2=2), axis=1, kind="stable")
+    sorted_gram = np.take_along_axis(np.take_along_axis(gram, order[:, :, None], 1), order[:, None, :], 2)
+    # Row i of the upper factor of the inverse says how the error of column i is spread over the columns after it.
+    spread = np.linalg.cholesky(np.linalg.inv(sorted_gram)).swapaxes(1, 2)
+    # [groups, columns, filters], so that a column is a piece of memory
+    places = order[:, :, None]
+    rest, least, most = (np.take_along_axis(v.swapaxes(1, 2), places, 1) for v in (wanted, low, high))
+    columns = rest.shape[1]
+    integers = np.empty_like(rest)
+    block = 64
+    for begin in range(0, columns, block):
+        end = min(begin + block, columns)
+        errors = np.empty((len(rest), end - begin, rest.shape[2]))
+        for i in range(begin, end):
+            here = integers[:, i]
+            np.rint(rest[:, i], out=here)
+            np.maximum(here, least[:, i], out=here)
+            np.minimum(here, most[:, i], out=here)
+            error = errors[:, i - begin]
+            np.divide(rest[:, i] - here, spread[:, i, i, None], out=error)
+            rest[:, i:end] -= spread[:, i, i:end, None] * error[:, None]
+        rest[:, end:] -= spread[:, begin:end, end:].swapaxes(1, 2) @ errors
+    result = np.empty_like(integers)
+    np.put_along_axis(result, places, integers, 1)
+    return np.ascontiguousarray(result.swapaxes(1, 2))
+
+
 def _objective(integers: Floats, wanted: Floats, gram: Floats) -> Floats:
     away = integers - wanted
-    values: Floats = np.einsum("ij,ij->i", away @ gram, away)
+    values: Floats = np.einsum("gij,gij->gi", away @ gram, away)
     return values
 
 
 def _descend(integers: Floats, wanted: Floats, gram: Floats, low: Floats, high: Floats) -> Floats:
     """Coordinate descent: each integer in turn becomes the best one for the others as they are."""
+    if len(integers) > 1 and gram.shape[-1] <= _FEW:
+        return _descend_together(integers, wanted, gram, low, high)
+    return np.stack([_descend_one(*each) for each in zip(integers, wanted, gram, low, high, strict=True)])
+
+
+def _descend_one(integers: Floats, wanted: Floats, gram: Floats, low: Floats, high: Floats) -> Floats:
+    """One group; few integers move, so only the filters that do are touched."""
     integers = integers.copy()
     gradient = (integers - wanted) @ gram
     power = np.diag(gram)
     for _ in range(_SWEEPS):
         moved = False
         for i in range(len(power)):
-            best = np.clip(np.rint(integers[:, i] - gradient[:, i] / power[i]), low[:, i], high[:, i])
-            step = best - integers[:, i]
-            rows = np.flatnonzero(step)
-            if len(rows):
+            old = integers[:, i]
+            best = np.minimum(np.maximum(np.rint(old - gradient[:, i] / power[i]), low[:, i]), high[:, i])
+            step = best - old
+            if step.any():
                 moved = True
+                rows = step.nonzero()[0]
                 integers[rows, i] = best[rows]
                 gradient[rows] += step[rows, None] * gram[i]
+        if not moved:
+            break
+    return integers
+
+
+def _descend_together(integers: Floats, wanted: Floats, gram: Floats, low: Floats, high: Floats) -> Floats:
+    """Many groups of few columns, as in depthwise convolutions, all at once."""
+    integers = integers.copy()
+    gradient = (integers - wanted) @ gram
+    power = np.diagonal(gram, axis1=1, axis2=2)
+    for _ in range(_SWEEPS):
+        moved = False
+        for i in range(gram.shape[-1]):
+            old = integers[:, :, i]
+            best = np.rint(old - gradient[:, :, i] / power[:, i, None])
+            best = np.minimum(np.maximum(best, low[:, :, i]), high[:, :, i])
+            step = best - old
+            if step.any():
+                moved = True
+                integers[:, :, i] = best
+                gradient += step[:, :, None] * gram[:, i, None, :]
         if not moved:
             break
     return integers
@@ -386,11 +422,15 @@ class Patches:
             along = taps[axis] * s + (np.arange(k) * d)[:, None]
             where = (where[:, None] * padded.shape[2 + axis] + along).reshape(-1, len(positions))
         batch, channels = inputs.shape[:2]
-        cut = padded.reshape(batch, channels, -1)[:, :, where]  # [N, C, taps, positions]
-        per_group = channels // self.groups
-        cut = cut.reshape(batch, self.groups, per_group * len(where), len(positions))
-        columns = np.moveaxis(cut, 0, 2).reshape(self.groups, per_group * len(where), -1)
-        chosen = expected.reshape(batch, self.groups, -1, prod(sizes))[..., positions]
+        # All samples side by side, so that one gather gives the columns as they are needed.
+        flat = padded.swapaxes(0, 1).reshape(channels, -1)
+        where = (where[:, None] + (np.arange(batch) * (flat.shape[1] // max(batch, 1)))[:, None]).reshape(
+            len(where), -1
+        )
+        columns = flat[:, where].reshape(self.groups, channels // self.groups * len(where), -1)
+        chosen = expected.reshape(batch, self.groups, -1, prod(sizes))
+        if self._positions < prod(sizes):
+            chosen = chosen[..., positions]
         return columns, np.moveaxis(chosen, 0, 2).reshape(self.groups, chosen.shape[2], -1)
 
 

@@ -19,6 +19,7 @@ from onnxcompress.quantization.observers import (
     MseObserver,
     Observer,
     PercentileObserver,
+    WeightedMseObserver,
     make_observer,
 )
 
@@ -158,6 +159,88 @@ def test_mse_is_never_worse_than_min_max(kind: str, rng: np.random.Generator) ->
     assert error(values, observer.range()) <= 1.001 * error(values, observer.min_max())
 
 
+# ---- weighted mean squared error, with tails
+
+
+def heavy_samples(rng: np.random.Generator, count: int, size: int = 300) -> Array:
+    """Samples [count, size] of different loudness, so that the largest values are far apart from sample to sample."""
+    loudness = rng.gamma(6.0, size=(count, 1))
+    values: Array = np.maximum(loudness * rng.normal(size=(count, size)), 0).astype(np.float32)
+    return values
+
+
+def weighted_loss(samples: Array, interval: Range, clipping: float, tail: tuple[float, float] | None) -> float:
+    """The loss of the observer weighted_mse for values above zero, value by value from its definition."""
+    values = samples[samples != 0].astype(np.float64)
+    restored = fake_quantize(values, activation_qparams(interval, UINT8)).astype(np.float64)
+    inside = values <= interval.high
+    rounding = float(((values - restored)[inside] ** 2).sum())
+    if tail is None or interval.high <= tail[0]:
+        return rounding + clipping * float(((values - restored)[~inside] ** 2).sum())
+    start, scale = tail
+    energy = float((np.maximum(values - start, 0) ** 2).sum())
+    return rounding + clipping * energy * float(np.exp((start - interval.high) / scale))
+
+
+@pytest.mark.parametrize("count", [8, 60, 256])
+@pytest.mark.parametrize("clipping", [1.0, 4.0, 16.0])
+def test_weighted_mse_against_every_range_by_its_definition(
+    count: int, clipping: float, rng: np.random.Generator
+) -> None:
+    samples = heavy_samples(rng, count)
+    observer = WeightedMseObserver(clipping=clipping)
+    watched(observer, samples)
+    found = observer.range()
+    largest = np.sort(samples.max(axis=1).astype(np.float64))[::-1]
+    many = min(max(8, count // 4), count - 1)
+    start = float(largest[min(8, many)])
+    scale = float(np.maximum(largest - largest[many], 0).sum() / many)
+    known = observer.tails()[1]
+    assert known is not None
+    # "The largest k exceed it" leaves the way to the next value open.
+    assert largest[min(8, many)] * 0.999 <= known.start <= largest[min(8, many) - 1] * 1.001
+    assert known.scale == pytest.approx(scale, rel=0.3)
+    tail = (known.start, known.scale)
+    tried = [Range(0.0, observer.widest()[1] * share) for share in np.linspace(0.02, 1, 300)]
+    assert observer.widest()[1] > largest[0]
+    best = min(weighted_loss(samples, interval, clipping, tail) for interval in tried)
+    assert weighted_loss(samples, found, clipping, tail) <= 1.03 * best
+    assert found.low == 0.0 and start > 0
+
+
+@pytest.mark.parametrize("count", [8, 16, 32])
+def test_few_samples_get_room_for_the_next(count: int, rng: np.random.Generator) -> None:
+    """On samples that were not seen the error is half of that of minimum and maximum at most, on average."""
+    extremes = chosen = 0.0
+    for _ in range(30):
+        samples, unseen = heavy_samples(rng, count), heavy_samples(rng, 200)
+        observer = WeightedMseObserver()
+        watched(observer, samples)
+        extremes += error(unseen, observer.min_max())
+        chosen += error(unseen, observer.range())
+        assert observer.range().high <= 4 * samples.max()
+    assert chosen < 0.5 * extremes
+
+
+def test_what_is_bounded_gets_no_room(rng: np.random.Generator) -> None:
+    for top in (6.0, 0.0):
+        samples = np.clip(rng.normal(size=(64, 1000)) * 20, -3, top).astype(np.float32)
+        observer = WeightedMseObserver()
+        watched(observer, samples)
+        assert observer.tails() == (None, None)
+        found = observer.range()
+        assert found.low >= -3.0 and found.high <= top
+
+
+def test_one_sample_says_nothing_about_tails(rng: np.random.Generator) -> None:
+    values = rng.normal(size=(1, 500)).astype(np.float32)
+    observer = WeightedMseObserver()
+    watched(observer, values)
+    plain = MseObserver(clipping=observer.clipping)
+    watched(plain, values)
+    assert observer.tails() == (None, None) and observer.range() == plain.range()
+
+
 def divergence(values: Array, low: float, high: float, width: float) -> float:
     """The loss of the entropy observer, bin by bin from its definition."""
     values = values[values != 0].astype(np.float64)
@@ -226,7 +309,9 @@ def test_no_observer_depends_on_batches(name: str, kind: str, rng: np.random.Gen
     values = shapes_of_data(rng)[kind]
     parts = np.split(values, [3, 9_000, 9_001, 30_000])
     found = []
-    for order in (parts, parts[::-1], [values.reshape(4, 100, -1)]):
+    # Samples lie along the first axis; who keeps something of each of them has to see the same samples.
+    whole = values.reshape(-1, 1, 1) if name == "weighted_mse" else values.reshape(4, 100, -1)
+    for order in (parts, parts[::-1], [whole]):
         observer = make_observer(name)
         for part in order:
             if observer.reductions:
@@ -248,7 +333,9 @@ def test_degenerate_data_gives_a_range(name: str, values: list[float]) -> None:
     observer.update(stored[:-1])
     found = observer.range()
     assert np.isfinite([found.low, found.high]).all()
-    assert stored.min() <= found.low <= found.high <= stored.max()
+    assert found.low <= found.high
+    if name != "weighted_mse":  # that one goes beyond what it saw
+        assert stored.min() <= found.low and found.high <= stored.max()
     assert activation_qparams(found, UINT8).scale > 0
 
 
@@ -264,7 +351,7 @@ def test_values_that_are_not_finite_are_not_forgotten(name: str, bad: float) -> 
 
 def test_relu_keeps_zero_at_the_lower_end(rng: np.random.Generator) -> None:
     values = np.maximum(rng.normal(size=10_000), 0).astype(np.float32)
-    for name in ("percentile", "entropy", "mse"):
+    for name in ("percentile", "entropy", "mse", "weighted_mse"):
         observer = make_observer(name)
         observer.update(values)
         assert observer.range().low == 0.0

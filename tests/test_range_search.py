@@ -19,8 +19,9 @@ from onnxcompress.graph import Graph, copy_graph, input_specs
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.proto import from_proto, to_proto
 from onnxcompress.quantization.affine import MAX_BIAS, QuantScheme, Range, weight_qparams
-from onnxcompress.quantization.observers import MseObserver
-from onnxcompress.quantization.range_search import LADDER, default_evaluations, ladder, search_ranges
+from onnxcompress.quantization.calibration import observe
+from onnxcompress.quantization.observers import PEAK_CLIPPING_WEIGHT, WeightedMseObserver
+from onnxcompress.quantization.range_search import LADDER, at_rung, default_evaluations, ladder, search_ranges
 from onnxcompress.recipe import parse_recipe, with_decisions
 from onnxcompress.session import Session
 
@@ -84,12 +85,14 @@ def noise(graph: Graph, result: PassResult, feeds: dict[str, Array]) -> float:
 
 
 def test_the_ladder_climbs_from_least_error_to_the_extremes(rng: np.random.Generator) -> None:
-    observer = MseObserver()
-    observer.update(np.maximum(rng.laplace(size=1_000_000), 0).astype(np.float32))
+    observer = WeightedMseObserver()
+    observer.update(np.maximum(rng.laplace(size=(100, 10_000)), 0).astype(np.float32))
     rungs = ladder(observer)
     assert len(rungs) == len(LADDER)
     assert rungs[-1] == observer.min_max() and LADDER[-1] == inf
-    assert rungs[0] == observer.range()
+    assert rungs[1] == observer.range()
+    more = ladder(observer.with_clipping(PEAK_CLIPPING_WEIGHT))
+    assert more[0] == rungs[1] and all(a.high >= b.high for a, b in zip(more, rungs, strict=True))
     highs = [r.high for r in rungs]
     assert highs == sorted(highs) and highs[0] < 0.9 * highs[-1] and all(r.low == 0 for r in rungs)
 
@@ -215,14 +218,23 @@ def test_auto_is_not_worse_than_min_max_where_it_was_confirmed() -> None:
     result, _ = quantise(graph, data, observer="auto")
     found = result.report.details["range_search"]
     assert json.loads(json.dumps(found)) == found
-    extremes, _ = quantise(graph, data)
-    # The same samples that the search says to have used.
-    rest, searching = data.split(64 / 160, 0)
-    confirming = rest.split(64 / 96, 1)[1]
-    assert found["samples"] == [searching.samples, confirming.samples] == [64, 64]
+    # The same samples that the search says to have used; the ranges that it tried come from the others.
+    seen, judging = data.split(0.5, 0)
+    confirming, searching = judging.split(0.5, 0)
+    assert found["samples"] == [searching.samples, confirming.samples] == [40, 40]
+    extremes, _ = quantise(graph, seen)
+    chosen = {float(label) for label in found["tensors_by_clipping_weight"]}
+    assert len(chosen) == 1
+    observers = {name: WeightedMseObserver() for name in result.report.decisions["ranges"]}
+    observe(graph, observers, seen)
+    ranges = {name: at_rung(watching, *chosen) for name, watching in observers.items()}
+    tried, _ = quantise(graph, seen, ranges={name: (found.low, found.high) for name, found in ranges.items()})
+    observe(graph, observers, judging)
+    final = {name: [r.low, r.high] for name, r in ((n, at_rung(w, *chosen)) for n, w in observers.items())}
+    assert result.report.decisions["ranges"] == final
     for part, samples_of_part in (("search_sqnr_db", searching), ("confirm_sqnr_db", confirming)):
         feeds = {"x": np.concatenate([batch.feeds["x"] for batch in samples_of_part])}
-        for name, quantised in (("min_max", extremes), ("chosen", result)):
+        for name, quantised in (("min_max", extremes), ("chosen", tried)):
             assert found[part][name] == pytest.approx(-10 * np.log10(noise(graph, quantised, feeds)), abs=2e-3)
         assert found[part]["chosen"] > found[part]["min_max"]
     assert result.report.details["audit"]["mismatches"] == () and result.report.refusals == ()
@@ -246,7 +258,7 @@ def test_auto_is_deterministic_and_a_replay_searches_nothing() -> None:
 def test_auto_with_one_sample_warns_and_does_without_the_search() -> None:
     graph = network()
     result, context = quantise(graph, dataset(graph, 1), observer="auto")
-    assert any("cannot be searched with one sample" in w and "weighted_mse" in w for w in context.warnings)
+    assert any("cannot be searched with 1 sample;" in w and "weighted_mse" in w for w in context.warnings)
     other, _ = quantise(graph, dataset(graph, 1), observer="weighted_mse")
     assert proto(result) == proto(other)
 

@@ -30,6 +30,13 @@ def gram_matrix(columns: int, rng: np.random.Generator) -> np.ndarray:
     return gram
 
 
+def one_group(wanted: np.ndarray, gram: np.ndarray, start: np.ndarray, *bounds: Any) -> np.ndarray:
+    """``round_columns`` of a layer that is not grouped."""
+    limits = [tuple(end[None] for end in pair) for pair in bounds]
+    (found,) = round_columns(wanted[None], gram[None], start[None], *limits)
+    return found
+
+
 def cost(integers: np.ndarray, wanted: np.ndarray, gram: np.ndarray) -> np.ndarray:
     away = integers - wanted
     return np.einsum("ij,jk,ik->i", away, gram, away)
@@ -43,7 +50,7 @@ def test_rounding_against_every_possible_rounding(columns: int) -> None:
     for _ in range(40):
         gram = gram_matrix(columns, rng)
         wanted = rng.uniform(-4, 4, (8, columns))
-        found = cost(round_columns(wanted, gram, np.rint(wanted)), wanted, gram)
+        found = cost(one_group(wanted, gram, np.rint(wanted)), wanted, gram)
         base = np.floor(wanted)
         every = np.stack(
             [cost(base + np.array(steps), wanted, gram) for steps in product(range(-1, 3), repeat=columns)]
@@ -60,11 +67,11 @@ def test_integers_stay_in_their_bounds_and_a_good_start_is_kept() -> None:
     gram = gram_matrix(30, rng)
     wanted = rng.uniform(-200, 200, (6, 30))
     start = np.clip(np.rint(wanted), -127, 127)
-    found = round_columns(wanted, gram, start)
+    found = one_group(wanted, gram, start)
     assert np.abs(found).max() <= 127 and (found == np.rint(found)).all()
     assert (cost(found, wanted, gram) <= cost(start, wanted, gram)).all()
     exact = np.rint(rng.uniform(-100, 100, (6, 30)))
-    np.testing.assert_array_equal(round_columns(exact, gram, exact), exact)
+    np.testing.assert_array_equal(one_group(exact, gram, exact), exact)
 
 
 def test_pairs_of_weights_stay_within_the_bound_of_the_target() -> None:
@@ -76,7 +83,7 @@ def test_pairs_of_weights_stay_within_the_bound_of_the_target() -> None:
         wanted = start + rng.normal(size=start.shape) * 30
         bounds = integer_bounds(start, 128)
         assert (bounds[0] <= start).all() and (start <= bounds[1]).all()
-        found = round_columns(wanted, gram_matrix(12, rng), start, bounds)
+        found = one_group(wanted, gram_matrix(12, rng), start, bounds)
         for values in (found, -found):
             two = np.sort(np.maximum(values, 0), axis=1)[:, -2:]
             assert two.sum(axis=1).max() <= 128

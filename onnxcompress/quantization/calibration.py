@@ -8,7 +8,7 @@ tensors are watched in groups, one group after another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, Names, copy_graph
 from onnxcompress.quantization.affine import QuantScheme, Range
-from onnxcompress.quantization.observers import DEFAULT_PERCENTILE, UINT8, Observer, make_observer
+from onnxcompress.quantization.observers import (
+    DEFAULT_PERCENTILE,
+    PEAK_CLIPPING_WEIGHT,
+    UINT8,
+    Observer,
+    WeightedMseObserver,
+    make_observer,
+)
 from onnxcompress.session import Session
 
 if TYPE_CHECKING:
@@ -40,6 +47,7 @@ def calibrate(
     shared: Iterable[Sequence[str]] = (),
     scheme: QuantScheme = UINT8,
     percentile: float = DEFAULT_PERCENTILE,
+    peaks: Collection[str] = (),
     threads: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Range]:
@@ -53,6 +61,7 @@ def calibrate(
         shared: groups of tensors that will share their parameters; the values of each group are seen as one.
         scheme: what the values become.
         percentile: for the observer ``percentile``.
+        peaks: tensors of which the largest values alone decide; for the observer ``weighted_mse``.
         threads: intra-op threads of the runtime; 0: its choice.
         progress: shows how far the work is.
 
@@ -68,9 +77,12 @@ def calibrate(
         first = leader.get(name, name)
         if first not in made:
             made[first] = make_observer(observer, scheme, percentile=percentile)
+        watching = made[first]
+        if name in peaks and isinstance(watching, WeightedMseObserver):
+            watching.clipping = PEAK_CLIPPING_WEIGHT
     watchers = {name: made[leader.get(name, name)] for name in wanted}
     observe(graph, watchers, data, threads=threads, progress=progress)
-    found = {first: watching.range() for first, watching in made.items()}
+    found = {first: made[first].range() for first in made}
     return {name: range_of(name, found[leader.get(name, name)]) for name in wanted}
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from math import frexp, ldexp
+from dataclasses import dataclass
+from math import exp, frexp, ldexp
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +32,8 @@ __all__ = [
     "MseObserver",
     "Observer",
     "PercentileObserver",
+    "Tail",
+    "WeightedMseObserver",
     "make_observer",
 ]
 
@@ -42,6 +45,9 @@ UINT8 = QuantScheme("uint8", symmetric=False)
 DEFAULT_PERCENTILE = 99.99
 #: how much more clipping counts than rounding for the observer weighted_mse
 CLIPPING_WEIGHT = 4.0
+#: and where the largest values alone decide, as in front of the Softmax at the end of a classifier: two classes that
+#: are both cut off become one
+PEAK_CLIPPING_WEIGHT = 16.0
 #: bins between zero and the power of two above the largest magnitude; at least half of them are in use on that side
 _HALF = 4096
 #: values binned at a time, so that the steps work in the processor's cache
@@ -125,6 +131,19 @@ class Histogram:
             self._counts[_HALF // 2 : _HALF + _HALF // 2] = pairs
         self._exponent = max(self._exponent, exponent)
 
+    def smallest_of(self, many: int) -> float:
+        """The value that the ``many`` largest values exceed, right to one bin's width."""
+        return self.percentile(100 * (1 - many / self.total))
+
+    def mean_excess(self, many: int) -> float:
+        """How far the ``many`` largest values exceed what they all exceed, and zero, on average; 0 for none."""
+        if many < 1 or self.width == 0:
+            return 0.0
+        start = max(self.smallest_of(many), 0.0)
+        counts, edges = self.occupied()
+        taken = np.diff(np.minimum(np.cumsum(counts[::-1]), many), prepend=0)[::-1]
+        return float(taken @ np.maximum(edges + self.width / 2 - start, 0.0)) / many
+
     def occupied(self) -> tuple[NDArray[np.int64], Floats]:
         """(counts, lower edges) of the bins from the first to the last that hold a value; zeros are left out."""
         used = np.flatnonzero(self._counts)
@@ -146,6 +165,14 @@ class Histogram:
         index = min(int(np.searchsorted(before[1:], rank)), steps.size - 1)
         inside = (rank - before[index]) / steps[index] if steps[index] else 0.0
         return float(np.clip(lower[index] + widths[index] * inside, self.low, self.high))
+
+
+@dataclass(frozen=True)
+class Tail:
+    """From ``start`` on, values become rarer by a factor of e every ``scale``."""
+
+    start: float
+    scale: float
 
 
 class Observer(ABC):
@@ -251,7 +278,7 @@ class _SearchingObserver(HistogramObserver):
 
     def best(self) -> Range:
         """The range of least loss among those tried; ties go to the wider."""
-        ends = [min(self.histogram.low, 0.0), max(self.histogram.high, 0.0)]
+        ends = list(self.widest())
         best = list(ends)
         loss = float(self.losses(np.array([best[0]]), np.array([best[1]]))[0])
         sides = [side for side in (0, 1) if ends[side] != 0]
@@ -274,6 +301,10 @@ class _SearchingObserver(HistogramObserver):
                         shares = _around(best[side] / ends[side], step, self._FINE, self._CLOSEST)
                         step *= 2 / self._FINE
         return Range(*best)
+
+    def widest(self) -> tuple[float, float]:
+        """The widest range that is tried; each end is zero or beyond it."""
+        return min(self.histogram.low, 0.0), max(self.histogram.high, 0.0)
 
     def levels(self, low: float, high: float, values: Floats) -> tuple[NDArray[np.int64], Floats]:
         """(integers, counted from the smallest; what these stand for) of ``values`` under the range [low, high]."""
@@ -321,6 +352,101 @@ class MseObserver(_SearchingObserver):
         return found
 
 
+class WeightedMseObserver(MseObserver):
+    """As :class:`MseObserver` with more weight on clipping, and for samples that calibration did not see.
+
+    Few samples do not show how large values get: the next ones exceed the largest seen so far now and then, and what
+    that costs is not in the histogram. So the largest value of each sample is kept, too (samples are counted along the
+    first axis). How far the largest of these exceed their quarter's end says how fast values become rare; from the
+    eighth largest on, what clipping costs is taken to fall off at that rate, exponentially, instead of being what the
+    few values up there say, and thresholds beyond the largest value seen are tried. The same below.
+
+    Source: J. Pickands, "Statistical Inference Using Extreme Order Statistics", Annals of Statistics 1975; of its
+    distributions of excesses the exponential one is that of light tails.
+    """
+
+    #: the share of the samples, and how many at least, whose extremes say how fast values become rare
+    _TAIL_SHARE = 0.25
+    _TAIL_LEAST = 8
+    #: this many samples' extremes lie where the histogram is not believed
+    _START = 8
+    #: how many times the tail's scale thresholds may lie beyond the largest value seen
+    _REACH = 4.0
+
+    def __init__(self, scheme: QuantScheme = UINT8, clipping: float = CLIPPING_WEIGHT) -> None:
+        super().__init__(scheme, clipping)
+        #: the largest value of each sample, and of its negated values
+        self.above = Histogram()
+        self.below = Histogram()
+
+    def update(self, *values: NDArray[Any]) -> None:
+        """Count the values of one batch, and the extremes of each of its samples."""
+        super().update(*values)
+        if values[0].size:
+            samples = values[0].reshape(values[0].shape[0] if values[0].ndim else 1, -1)
+            self.above.add(samples.max(axis=1))
+            self.below.add(-samples.min(axis=1))
+
+    def with_clipping(self, clipping: float) -> WeightedMseObserver:
+        """The same values seen, with another weight of clipping."""
+        other = WeightedMseObserver(self.scheme, clipping)
+        other.histogram, other.above, other.below = self.histogram, self.above, self.below
+        return other
+
+    def tails(self) -> tuple[Tail | None, Tail | None]:
+        """(of the negated values, of the values); None where nothing lies beyond zero or no tail can be told."""
+        sides = ((self.below, -self.histogram.low), (self.above, self.histogram.high))
+        below, above = (self._tail(seen) if extreme > 0 else None for seen, extreme in sides)
+        return below, above
+
+    def _tail(self, seen: Histogram) -> Tail | None:
+        count = seen.total
+        many = min(max(self._TAIL_LEAST, int(count * self._TAIL_SHARE)), count - 1)
+        scale = seen.mean_excess(many)
+        if scale <= seen.width:  # all samples end at the same value, as behind a Clip
+            return None
+        return Tail(max(seen.smallest_of(min(self._START, many)), 0.0), scale)
+
+    def widest(self) -> tuple[float, float]:
+        """The extremes seen, and as far beyond as their tails reach."""
+        low, high = super().widest()
+        below, above = self.tails()
+        return (
+            low if below is None else low - self._REACH * below.scale,
+            high if above is None else high + self._REACH * above.scale,
+        )
+
+    def losses(self, low: Floats, high: Floats) -> Floats:
+        """The weighted sum of squared errors that as many values as were seen are expected to have."""
+        counts, edges = self.histogram.occupied()
+        centres = edges + self.histogram.width / 2
+        below, above = self.tails()
+        energies = [_energy(counts, sign * centres, tail) for sign, tail in ((-1, below), (1, above))]
+        found = np.empty(low.shape)
+        for i, (a, b) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
+            _, errors = self.levels(a, b, centres)
+            errors -= centres
+            errors *= errors
+            errors *= counts
+            first, end = np.searchsorted(centres, (a, b)).tolist()
+            clipped = 0.0
+            for seen, end_value, tail, energy in (
+                (errors[:first], -a, below, energies[0]),
+                (errors[end:], b, above, energies[1]),
+            ):
+                if tail is None or end_value <= tail.start:
+                    clipped += float(seen.sum())
+                else:
+                    clipped += energy * exp((tail.start - end_value) / tail.scale)
+            found[i] = float(errors[first:end].sum()) + self.clipping * clipped
+        return found
+
+
+def _energy(counts: NDArray[np.int64], values: Floats, tail: Tail | None) -> float:
+    """Squared distance of all values above the tail's start from it."""
+    return 0.0 if tail is None else float(counts @ np.square(np.maximum(values - tail.start, 0.0)))
+
+
 class EntropyObserver(_SearchingObserver):
     """The range for which the integers tell most about the distribution of the values (Kullback-Leibler divergence).
 
@@ -362,7 +488,7 @@ OBSERVERS: dict[str, Callable[[QuantScheme], Observer]] = {
     "percentile": PercentileObserver,
     "entropy": EntropyObserver,
     "mse": MseObserver,
-    "weighted_mse": lambda scheme: MseObserver(scheme, CLIPPING_WEIGHT),
+    "weighted_mse": WeightedMseObserver,
 }
 
 

@@ -49,6 +49,14 @@ _GROUPED_MAC_NS = 0.06  # grouped convolutions do less arithmetic per byte, so t
 _UNKNOWN_SIZE = 1000
 _FOREVER = 1 << 60  # a capacity that no cut pays
 
+#: operators of which the largest values decide
+_PICKS_LARGEST = ("Softmax", "LogSoftmax", "ArgMax", "TopK", "Hardmax")
+#: operators that hand on values one by one
+_REARRANGES = (
+    *("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Slice", "Split", "Concat", "Gather"),
+    *("Cast", "Relu", "Clip", "Sigmoid", "Tanh", "Log"),
+)
+
 ALREADY = "it is quantised in the file already"
 _NESTED = "it is inside a nested graph, and nested graphs stay as they are"
 _NO_GAIN = "converting its inputs and outputs would cost more time than it saves, for its neighbours are float"
@@ -121,6 +129,19 @@ class Placement:
         """True where all values entering and leaving ``unit`` share parameters, so that bytes can be copied."""
         names = [t.name for t in (*unit.inputs, *unit.outputs)]
         return len({self.classes.get(name, name) for name in names}) == 1
+
+    def peaks(self) -> frozenset[str]:
+        """Sources of which the largest values alone decide: they get to a Softmax at the end of the graph."""
+        bare, decided = set(self.outputs), set[str]()
+        for unit in reversed(self.units):
+            made = {t.name for t in unit.outputs}
+            if unit.node.op in _PICKS_LARGEST and made & (bare | decided):
+                decided.update(t.name for t in unit.inputs)
+            elif unit.node.op in _REARRANGES:
+                bare.update(t.name for t in unit.inputs if made & bare)
+                decided.update(t.name for t in unit.inputs if made & decided)
+        classes = {self.classes[name] for name in decided if name in self.classes}
+        return frozenset(name for key in classes for name in self.sources.get(key, ()))
 
     def writes_float(self, name: str) -> bool:
         """True where tensor ``name`` holds floats as its producer wrote them, whatever integers are made of it."""

@@ -6,7 +6,8 @@ from the smallest mean squared error over ones that weigh clipping more and more
 nothing, and the quantised model itself says how high to climb: all tensors together first, then halves, quarters and
 so on of the model in its order, as far as the number of evaluations goes.
 
-The output error of one candidate varies from sample to sample by more than most moves gain. A move is therefore made
+The ranges of the rungs come from samples that do not judge them (:func:`set_apart`); the rungs that were chosen are then
+taken from all samples. The output error of one candidate varies from sample to sample by more than most moves gain. A move is therefore made
 only where the error falls on one part of the samples by clearly more than chance, and on another part as well.
 """
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from onnxcompress.errors import DataError
 from onnxcompress.graph import Graph
 from onnxcompress.quantization.affine import Range
-from onnxcompress.quantization.observers import HistogramObserver, MseObserver
+from onnxcompress.quantization.observers import CLIPPING_WEIGHT, WeightedMseObserver
 from onnxcompress.session import Session
 
 if TYPE_CHECKING:
@@ -92,14 +93,33 @@ def _decibel(error: float) -> float | None:
     return round(-10 * log10(error), 3) if error > 0 else None
 
 
-def ladder(observer: HistogramObserver) -> list[Range]:
+def at_rung(observer: WeightedMseObserver, clipping: float) -> Range:
+    """The range of the rung ``clipping`` of :data:`LADDER` for what ``observer`` saw.
+
+    Where clipping counts more than usual for the observer, it does so on every rung.
+    """
+    if clipping == inf:
+        return observer.min_max()
+    return observer.with_clipping(clipping * observer.clipping / CLIPPING_WEIGHT).range()
+
+
+def ladder(observer: WeightedMseObserver) -> list[Range]:
     """The range of each rung of :data:`LADDER` for what ``observer`` saw."""
-    ranges = []
-    for clipping in LADDER[:_TOP]:
-        rung = MseObserver(observer.scheme, clipping)
-        rung.histogram = observer.histogram
-        ranges.append(rung.range())
-    return [*ranges, observer.min_max()]
+    return [at_rung(observer, clipping) for clipping in LADDER]
+
+
+def set_apart(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+    """(rest, samples to judge by): the rungs are made from the rest alone.
+
+    A range that holds all of what it is judged by would look better than it is on samples that come later.
+
+    Raises:
+        DataError: there are fewer than four samples.
+    """
+    if data.samples < 4:
+        samples = "1 sample" if data.samples == 1 else f"{data.samples} samples"
+        raise DataError(f"ranges cannot be searched with {samples}; give four or more or another observer than auto")
+    return data.split(min(2 * _SAMPLES / data.samples, 0.5), seed)
 
 
 def default_evaluations(macs: int) -> int:
