@@ -45,6 +45,7 @@ from onnxcompress.quantization.layerwise import (
     settle,
     unlike,
 )
+from onnxcompress.shapes import infer_shapes, node_macs
 from onnxcompress.targets import get_target
 
 __all__ = ["Moments", "Patches", "RoundWeights", "integer_bounds", "round_columns"]
@@ -54,8 +55,12 @@ Floats = NDArray[np.float64]
 
 _LARGEST = 127
 #: rows (output positions) a column (weight of a filter) that are sampled for the Gram matrix, and most rows
-_ROWS_PER_COLUMN = 128
+_ROWS_PER_COLUMN = 16
 _ROWS = 65536
+#: multiply-accumulates that running all samples may take, and samples that are used all the same, and at most
+_MACS = 1.5e10
+_FEW_SAMPLES = 24
+_MOST_SAMPLES = 256
 #: products that one Gram matrix may take; at least four rows a column are used all the same
 _PRODUCTS = 2e10
 #: a Gram matrix of more columns takes too long to factorise
@@ -81,7 +86,11 @@ class RoundWeights(Pass):
         description="Pull towards the float weights, relative to the mean input power; the best is taken",
     )
     adjust_bias: bool = Field(True, description="Move the bias of each layer along with its weights")
-    max_samples: int = Field(512, ge=1, description="Most calibration samples used; memory may allow fewer")
+    max_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Most calibration samples used; default: by the size of the model; memory may allow fewer",
+    )
 
     @property
     def guarantee(self) -> Guarantee:
@@ -112,9 +121,10 @@ class RoundWeights(Pass):
         yield from (Refusal(name, f"weights not rounded anew: {reason}") for name, reason in skipped)
         if not candidates:
             return
+        samples = self.max_samples if self.max_samples is not None else _default_samples(context.teacher)
         try:
             lockstep = Lockstep(
-                student, candidates, context, samples=self.max_samples, reads=lambda layer: layer.node.inputs[0].name
+                student, candidates, context, samples=samples, reads=lambda layer: layer.node.inputs[0].name
             )
         except ModelError as error:
             yield Refusal("", f"no weights rounded anew: {error}")
@@ -174,6 +184,12 @@ class RoundWeights(Pass):
         integers, shift = answer
         bias = layer.bias() + shift.reshape(-1) if with_bias else None
         return patches.weight(integers), bias, before, best
+
+
+def _default_samples(teacher: Graph) -> int:
+    """How many samples to learn from and judge by: more do little good, and each costs a run of both networks."""
+    macs = sum(node_macs(teacher, infer_shapes(teacher)).values())
+    return min(max(int(_MACS / max(macs, 1)), _FEW_SAMPLES), _MOST_SAMPLES)
 
 
 def _float_weights(teacher: Graph, layers: Sequence[Layer]) -> list[Array | None]:

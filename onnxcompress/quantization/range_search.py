@@ -6,9 +6,10 @@ from the smallest mean squared error over ones that weigh clipping more and more
 nothing, and the quantised model itself says how high to climb: all tensors together first, then halves, quarters and
 so on of the model in its order, as far as the number of evaluations goes.
 
-The ranges of the rungs come from samples that do not judge them (:func:`set_apart`); the rungs that were chosen are then
-taken from all samples. The output error of one candidate varies from sample to sample by more than most moves gain. A move is therefore made
-only where the error falls on one part of the samples by clearly more than chance, and on another part as well.
+The ranges of the rungs come from samples that do not judge them (:func:`set_apart`); the rungs that were chosen are
+then taken from all samples. The output error of one candidate varies from sample to sample by more than most moves
+gain. A move is therefore made only where the error falls on one part of the samples by clearly more than chance, and on
+another part as well.
 """
 
 from __future__ import annotations
