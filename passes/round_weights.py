@@ -163,17 +163,18 @@ class RoundWeights(Pass):
         with_bias = self.adjust_bias and layer.has_bias
         gram, cross = train.normal_equations(centred=with_bias)
         rest = cross / scale - (aim - start) @ gram  # what the float weights leave of the residual
-        rounding = _damped(gram, _DAMPING)
-        bounds = integer_bounds(start, largest_pair)
+        wanted = [] if original is None else [aim]
+        for ridge in self.ridge:
+            wanted += [aim + np.linalg.solve(_damped(gram, ridge), rest.swapaxes(1, 2)).swapaxes(1, 2)]
         before = best = held_out.relative(np.zeros_like(start), 0.0)
         answer = None
-        for ridge in (None, *self.ridge):
-            wanted = aim
-            if ridge is not None:
-                wanted = aim + np.linalg.solve(_damped(gram, ridge), rest.swapaxes(1, 2)).swapaxes(1, 2)
-            elif original is None:
-                continue
-            integers = round_columns(wanted, rounding, start, bounds)
+        # All at once, as if they were more filters: they have the Gram matrix in common.
+        low, high = integer_bounds(start, largest_pair)
+        start_of_each, *bounds = (np.tile(values, (1, len(wanted), 1)) for values in (start, low, high))
+        rounded = round_columns(
+            np.concatenate(wanted, axis=1), _damped(gram, _DAMPING), start_of_each, (bounds[0], bounds[1])
+        )
+        for integers in np.split(rounded, len(wanted), axis=1):
             change = (integers - start) * scale
             shift = train.best_shift(change) if with_bias else np.zeros(scale.shape[:2])
             after = held_out.relative(change, shift)
