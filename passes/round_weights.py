@@ -55,20 +55,22 @@ Floats = NDArray[np.float64]
 
 _LARGEST = 127
 #: rows (output positions) a column (weight of a filter) that are sampled for the Gram matrix, and most rows
-_ROWS_PER_COLUMN = 16
+_ROWS_PER_COLUMN = 8
 _ROWS = 65536
 #: multiply-accumulates that running all samples may take, and samples that are used all the same, and at most
-_MACS = 1.5e10
+_MACS = 9e9
 _FEW_SAMPLES = 24
-_MOST_SAMPLES = 256
+_MOST_SAMPLES = 128
 #: products that one Gram matrix may take; at least four rows a column are used all the same
 _PRODUCTS = 2e10
 #: a Gram matrix of more columns takes too long to factorise
 _MOST_COLUMNS = 8192
 #: up to this many columns coordinate descent is tried from both ends
 _FEW = 64
-#: sweeps of coordinate descent; it mostly comes to rest sooner
-_SWEEPS = 4
+#: sweeps of coordinate descent; most integers come to rest in the first
+_SWEEPS = 2
+#: columns that are rounded one by one before what follows from it is worked into all the others at once
+_BLOCK = 32
 #: ridge of the Gram matrix that rounding errors are spread by, relative to the mean input power
 _DAMPING = 0.003
 #: integers that differ more from the float weight, relative to its norm, do not come from it
@@ -288,9 +290,8 @@ def _spread_errors(wanted: Floats, gram: Floats, low: Floats, high: Floats) -> F
     rest, least, most = (np.take_along_axis(v.swapaxes(1, 2), places, 1) for v in (wanted, low, high))
     columns = rest.shape[1]
     integers = np.empty_like(rest)
-    block = 64
-    for begin in range(0, columns, block):
-        end = min(begin + block, columns)
+    for begin in range(0, columns, _BLOCK):
+        end = min(begin + _BLOCK, columns)
         errors = np.empty((len(rest), end - begin, rest.shape[2]))
         for i in range(begin, end):
             here = integers[:, i]
@@ -314,51 +315,30 @@ def _objective(integers: Floats, wanted: Floats, gram: Floats) -> Floats:
 
 def _descend(integers: Floats, wanted: Floats, gram: Floats, low: Floats, high: Floats) -> Floats:
     """Coordinate descent: each integer in turn becomes the best one for the others as they are."""
-    if len(integers) > 1 and gram.shape[-1] <= _FEW:
-        return _descend_together(integers, wanted, gram, low, high)
-    return np.stack([_descend_one(*each) for each in zip(integers, wanted, gram, low, high, strict=True)])
-
-
-def _descend_one(integers: Floats, wanted: Floats, gram: Floats, low: Floats, high: Floats) -> Floats:
-    """One group; few integers move, so only the filters that do are touched."""
-    integers = integers.copy()
-    gradient = (integers - wanted) @ gram
-    power = np.diag(gram)
+    # [groups, columns, filters], so that a column is a piece of memory
+    found, least, most = (np.ascontiguousarray(v.swapaxes(1, 2)) for v in (integers, low, high))
+    gradient = gram @ (found - wanted.swapaxes(1, 2))
+    power = np.diagonal(gram, axis1=1, axis2=2)[:, :, None]
+    columns = gram.shape[-1]
+    steps = np.empty_like(found)
     for _ in range(_SWEEPS):
-        moved = False
-        for i in range(len(power)):
-            old = integers[:, i]
-            best = np.minimum(np.maximum(np.rint(old - gradient[:, i] / power[i]), low[:, i]), high[:, i])
-            step = best - old
-            if step.any():
-                moved = True
-                rows = step.nonzero()[0]
-                integers[rows, i] = best[rows]
-                gradient[rows] += step[rows, None] * gram[i]
-        if not moved:
+        for begin in range(0, columns, _BLOCK):
+            end = min(begin + _BLOCK, columns)
+            near = gradient[:, begin:end].copy()  # follows each step at once, the rest does after the block
+            for i in range(begin, end):
+                old, step = found[:, i], steps[:, i]
+                np.divide(near[:, i - begin], power[:, i], out=step)
+                np.rint(old - step, out=step)
+                np.maximum(step, least[:, i], out=step)
+                np.minimum(step, most[:, i], out=step)
+                step -= old
+                if i + 1 < end and step.any():
+                    near[:, i + 1 - begin :] += gram[:, i + 1 : end, i, None] * step[:, None]
+            found[:, begin:end] += steps[:, begin:end]
+            gradient += gram[:, :, begin:end] @ steps[:, begin:end]
+        if not steps.any():
             break
-    return integers
-
-
-def _descend_together(integers: Floats, wanted: Floats, gram: Floats, low: Floats, high: Floats) -> Floats:
-    """Many groups of few columns, as in depthwise convolutions, all at once."""
-    integers = integers.copy()
-    gradient = (integers - wanted) @ gram
-    power = np.diagonal(gram, axis1=1, axis2=2)
-    for _ in range(_SWEEPS):
-        moved = False
-        for i in range(gram.shape[-1]):
-            old = integers[:, :, i]
-            best = np.rint(old - gradient[:, :, i] / power[:, i, None])
-            best = np.minimum(np.maximum(best, low[:, :, i]), high[:, :, i])
-            step = best - old
-            if step.any():
-                moved = True
-                integers[:, :, i] = best
-                gradient += step[:, :, None] * gram[:, i, None, :]
-        if not moved:
-            break
-    return integers
+    return np.ascontiguousarray(found.swapaxes(1, 2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

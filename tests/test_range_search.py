@@ -258,7 +258,7 @@ def test_auto_is_deterministic_and_a_replay_searches_nothing() -> None:
 def test_auto_with_one_sample_warns_and_does_without_the_search() -> None:
     graph = network()
     result, context = quantise(graph, dataset(graph, 1), observer="auto")
-    assert any("cannot be searched with one sample" in w and "weighted_mse" in w for w in context.warnings)
+    assert any("cannot be searched with 1 sample;" in w and "weighted_mse" in w for w in context.warnings)
     other, _ = quantise(graph, dataset(graph, 1), observer="weighted_mse")
     assert proto(result) == proto(other)
 

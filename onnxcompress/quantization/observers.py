@@ -365,6 +365,8 @@ class WeightedMseObserver(MseObserver):
     distributions of excesses the exponential one is that of light tails.
     """
 
+    #: values of one sample that are counted at most, evenly spaced; its extremes are those of all
+    _COUNTED = 1 << 15
     #: the share of the samples, and how many at least, whose extremes say how fast values become rare
     _TAIL_SHARE = 0.25
     _TAIL_LEAST = 8
@@ -381,11 +383,22 @@ class WeightedMseObserver(MseObserver):
 
     def update(self, *values: NDArray[Any]) -> None:
         """Count the values of one batch, and the extremes of each of its samples."""
-        super().update(*values)
-        if values[0].size:
-            samples = values[0].reshape(values[0].shape[0] if values[0].ndim else 1, -1)
-            self.above.add(samples.max(axis=1))
-            self.below.add(-samples.min(axis=1))
+        if not values[0].size:
+            return
+        samples = values[0].reshape(values[0].shape[0] if values[0].ndim else 1, -1)
+        self.above.add(samples.max(axis=1))
+        self.below.add(-samples.min(axis=1))
+        self.histogram.add(samples[:, :: -(-samples.shape[1] // self._COUNTED)])
+
+    def range(self) -> Range:
+        """The range that :meth:`best` finds; minimum and maximum where there is nothing to choose."""
+        if not (self.above.finite and self.below.finite) or self.histogram.width == 0:
+            return self.min_max()
+        return self.best()
+
+    def min_max(self) -> Range:
+        """The smallest and the largest value seen, counted or not."""
+        return Range(-self.below.high, self.above.high)
 
     def with_clipping(self, clipping: float) -> WeightedMseObserver:
         """The same values seen, with another weight of clipping."""
@@ -395,8 +408,7 @@ class WeightedMseObserver(MseObserver):
 
     def tails(self) -> tuple[Tail | None, Tail | None]:
         """(of the negated values, of the values); None where nothing lies beyond zero or no tail can be told."""
-        sides = ((self.below, -self.histogram.low), (self.above, self.histogram.high))
-        below, above = (self._tail(seen) if extreme > 0 else None for seen, extreme in sides)
+        below, above = (self._tail(seen) if seen.high > 0 else None for seen in (self.below, self.above))
         return below, above
 
     def _tail(self, seen: Histogram) -> Tail | None:
@@ -409,7 +421,7 @@ class WeightedMseObserver(MseObserver):
 
     def widest(self) -> tuple[float, float]:
         """The extremes seen, and as far beyond as their tails reach."""
-        low, high = super().widest()
+        low, high = min(-self.below.high, 0.0), max(self.above.high, 0.0)
         below, above = self.tails()
         return (
             low if below is None else low - self._REACH * below.scale,
