@@ -52,7 +52,7 @@ __all__ = [
 #: named recipes and what they do; the files lie in ``onnxcompress/recipes``
 RECIPES: Mapping[str, str] = {
     "int8": "fold, then static INT8 for the target; needs calibration data",
-    "int8-accurate": "static INT8 closer to the original: ranges, rounding and biases are searched; slower",
+    "int8-accurate": "as int8, closer to the original: ranges are searched by the error at the outputs; slower",
     "fp16": "fold, then float16 where it is safe; the default for target cuda",
     "lossless": "fold and clean without changing the outputs; needs no data",
 }

@@ -73,6 +73,8 @@ _SWEEPS = 2
 _BLOCK = 32
 #: ridge of the Gram matrix that rounding errors are spread by, relative to the mean input power
 _DAMPING = 0.003
+#: error of the sums of float32 products, relative to the mean input power
+_PRODUCT_ERROR = 1e-6
 #: integers that differ more from the float weight, relative to its norm, do not come from it
 _SAME_WEIGHT = 0.3
 
@@ -496,6 +498,9 @@ class Moments:
         gram, cross = self.gram / self.count, self.cross / self.count
         if centred:
             inputs, residual = self.inputs / self.count, self.residual / self.count
+            # Products are float32: where inputs hardly vary, what is left about their means is rounding error.
+            noise = _PRODUCT_ERROR * np.trace(gram, axis1=1, axis2=2) / gram.shape[1]
+            gram = gram + noise[:, None, None] * np.eye(gram.shape[1])
             gram = gram - inputs[:, :, None] * inputs[:, None, :]
             cross = cross - residual[:, :, None] * inputs[:, None, :]
         return gram, cross

@@ -180,12 +180,18 @@ def test_decisions_of_another_recipe_are_refused() -> None:
         with_decisions(load_recipe("lossless"), report("pipeline"))
 
 
+def options_of(recipe: Recipe, name: str) -> dict[str, Any]:
+    """The options of the only pass of that name."""
+    (options,) = [step[name] for step in recipe.to_dict()["passes"] if isinstance(step, dict) and name in step]
+    return dict(options)
+
+
 def test_exclusions_reach_the_pass_that_knows_them() -> None:
     recipe = with_exclusions(load_recipe("int8"), ["Conv", "/head/*", "Conv"])
-    options = recipe.to_dict()["passes"][-1]["insert_qdq"]
+    options = options_of(recipe, "insert_qdq")
     own = {"observer": "weighted_mse"}  # what the recipe says itself
     assert options == own | {"exclude_nodes": ["/head/*"], "exclude_operators": ["Conv"]}
-    again = with_exclusions(recipe, ["first", "Gemm"]).to_dict()["passes"][-1]["insert_qdq"]
+    again = options_of(with_exclusions(recipe, ["first", "Gemm"]), "insert_qdq")
     assert again == own | {"exclude_nodes": ["/head/*", "first"], "exclude_operators": ["Conv", "Gemm"]}
 
 

@@ -274,6 +274,15 @@ def test_a_weight_that_several_nodes_read_is_refused() -> None:
     assert all("read by other nodes" in r.reason for r in result.report.refusals)
 
 
+def test_inputs_that_hardly_vary_do_no_harm() -> None:
+    """About their means nothing is left of them but rounding errors."""
+    graph = layer_network("plain")
+    x = (1000 + np.random.default_rng(0).normal(size=(40, 4, 9, 8)) * 1e-4).astype(np.float32)
+    context = Context(data=open_data({"x": x}, input_specs(graph)))
+    result = RoundWeights()(InsertQdq()(graph, context).graph, context)
+    assert all(np.isfinite(t.values).all() for t in result.graph.tensors().values() if isinstance(t, gs.Constant))
+
+
 def test_without_adjust_bias_the_biases_stay() -> None:
     graph = residual_network()
     context = context_for(graph)
