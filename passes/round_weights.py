@@ -74,7 +74,7 @@ _BLOCK = 32
 #: ridge of the Gram matrix that rounding errors are spread by, relative to the mean input power
 _DAMPING = 0.003
 #: error of the sums of float32 products, relative to the mean input power
-_PRODUCT_ERROR = 1e-6
+_PRODUCT_ERROR = 1e-4
 #: integers that differ more from the float weight, relative to its norm, do not come from it
 _SAME_WEIGHT = 0.3
 
