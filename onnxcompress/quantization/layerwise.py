@@ -72,6 +72,8 @@ Array = NDArray[Any]
 MEMORY = 512 * 2**20
 #: one of this many samples is held out
 HELD_OUT = 4
+#: fewer held-out samples do not judge outputs
+FEW = 32
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
 #: computed again wherever they are read: cheap, and their input is a quarter of the size
@@ -463,7 +465,17 @@ class Samples:
 
     train: Dataset
     held_out: Dataset
+    whole: Dataset
     overlap: bool = False
+
+    @property
+    def judging(self) -> Dataset:
+        """What the model's outputs are judged by: the held-out samples, or all where those are few.
+
+        The outputs' error differs so much from sample to sample that a handful says less than samples which were
+        learned from, layer by layer and with a ridge.
+        """
+        return self.held_out if self.held_out.samples >= FEW else self.whole
 
     def feeds(self) -> list[tuple[dict[str, Array], bool]]:
         """(feeds, held out?) of all batches, in memory; with ``overlap`` each batch comes once for either use."""
@@ -482,8 +494,8 @@ def split_samples(data: Dataset, seed: int, limit: int) -> Samples:
     try:
         train, held_out = data.split(1 / HELD_OUT, seed)
     except DataError:
-        return Samples(data, data, overlap=True)
-    return Samples(train, held_out)
+        return Samples(data, data, data, overlap=True)
+    return Samples(train, held_out, data)
 
 
 def samples_that_fit(plans: Sequence[tuple[Graph, Sequence[Sequence[str]]]], data: Dataset) -> int:
@@ -850,7 +862,7 @@ def settle(
     assert teacher is not None
     if lockstep.samples.overlap:
         context.warn("too few calibration samples to hold any out; changes were judged on what they were learned from")
-    best, kept, before, after = keep_best(graph, teacher, changes, lockstep.samples.held_out, context.threads)
+    best, kept, before, after = keep_best(graph, teacher, changes, lockstep.samples.judging, context.threads)
     if best is not graph:
         replace_contents(graph, best)
     for change in changes[:kept]:
