@@ -59,6 +59,8 @@ _ROWS_PER_COLUMN = 8
 _ROWS = 65536
 #: multiply-accumulates that running all samples may take, and samples that are used all the same, and at most
 _MACS = 9e9
+#: the same where weights have fewer bits, so that more hangs on how they are rounded
+_MACS_BOUNDED = 4 * _MACS
 _FEW_SAMPLES = 24
 _MOST_SAMPLES = 128
 #: products that one Gram matrix may take; at least four rows a column are used all the same
@@ -125,7 +127,10 @@ class RoundWeights(Pass):
         yield from (Refusal(name, f"weights not rounded anew: {reason}") for name, reason in skipped)
         if not candidates:
             return
-        samples = self.max_samples if self.max_samples is not None else _default_samples(context.teacher)
+        largest_pair = get_target(context.target).weights.largest_pair
+        samples = self.max_samples
+        if samples is None:
+            samples = _default_samples(context.teacher, _MACS if largest_pair is None else _MACS_BOUNDED)
         try:
             lockstep = Lockstep(
                 student, candidates, context, samples=samples, reads=lambda layer: layer.node.inputs[0].name
@@ -135,7 +140,6 @@ class RoundWeights(Pass):
             return
         names = Names(student)
         changes: list[Mended] = []
-        largest_pair = get_target(context.target).weights.largest_pair
         originals = _float_weights(context.teacher, candidates)
         for number, layer in enumerate(context.progress.track(candidates, "rounding weights", len(candidates))):
             patches = Patches(layer, lockstep.samples.train.samples, np.random.default_rng([context.seed, number]))
@@ -191,10 +195,10 @@ class RoundWeights(Pass):
         return patches.weight(integers), bias, before, best
 
 
-def _default_samples(teacher: Graph) -> int:
+def _default_samples(teacher: Graph, macs_in_all: float) -> int:
     """How many samples to learn from and judge by: more do little good, and each costs a run of both networks."""
     macs = sum(node_macs(teacher, infer_shapes(teacher)).values())
-    return min(max(int(_MACS / max(macs, 1)), _FEW_SAMPLES), _MOST_SAMPLES)
+    return min(max(int(macs_in_all / max(macs, 1)), _FEW_SAMPLES), _MOST_SAMPLES)
 
 
 def _float_weights(teacher: Graph, layers: Sequence[Layer]) -> list[Array | None]:
