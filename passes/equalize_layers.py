@@ -11,8 +11,10 @@ channel Pad and Slice; LayerNormalization takes scales as SmoothQuant does.
 
 ``s = (r / max r) ** strength`` with ``r`` the largest magnitude of the channel on calibration data. Strength 0.5, the
 default, leaves every channel but the largest some headroom: at 1 each of them ends where calibration ended, and on
-samples that calibration did not see they overflow, all the more the fewer samples there were. Tensors that have to be
-scaled together are a group; one whose noise is predicted to grow at its readers is left alone::
+samples that calibration did not see they overflow, all the more the fewer samples there were. Four times the room is
+enough, though: a channel that would keep more, being less than a sixteenth of the largest, is scaled until it keeps
+four times. Tensors that have to be scaled together are a group; one whose noise is predicted to grow at its readers is
+left alone::
 
     activations   step_t^2 / 12 * sum_i (s_i * |w_i|)^2              step_t = max_i (r_i / s_i) / 255
     weights       step_o^2 / 12 * sum_i E[x_i^2] / s_i^2 * taps      step_o = max_i (s_i * |w_oi|) / 127
@@ -43,7 +45,10 @@ from onnxcompress.shapes import infer_shapes
 __all__ = ["EqualizeLayers"]
 
 #: a channel is magnified at most by the inverse of this, for what is hardly ever active says little about its range
-_FLOOR = 0.01
+_FLOOR = 0.001
+#: how many times a channel may grow on samples that calibration did not see, at strength 0.5: smaller channels than
+#: this leaves room for are magnified further
+_HEADROOM = 4.0
 
 
 class EqualizeLayers(Pass):
@@ -121,7 +126,10 @@ class _Group:
 
     def scales(self, strength: float) -> NDArray[np.float64]:
         """One scale per root."""
-        scale: NDArray[np.float64] = np.maximum(self.relative, _FLOOR) ** strength
+        relative = np.maximum(self.relative, _FLOOR)
+        scale: NDArray[np.float64] = relative**strength
+        if strength > 0:  # a channel keeps no more headroom than it needs
+            scale = np.minimum(scale, relative * _HEADROOM ** min(0.5 / strength, 50.0))
         bounded = np.isfinite(self.limits)
         # behind min(x, 6) a channel may be magnified until its largest value meets the bound, and never shrunk
         scale[bounded] = np.clip(scale[bounded], np.minimum(self.largest[bounded] / self.limits[bounded], 1), 1)

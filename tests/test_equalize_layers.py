@@ -14,7 +14,7 @@ from onnxcompress.base import Context, PassResult
 from onnxcompress.data import open_data
 from onnxcompress.errors import DataError
 from onnxcompress.graph import Graph, copy_graph, input_specs
-from onnxcompress.passes.equalize_layers import EqualizeLayers
+from onnxcompress.passes.equalize_layers import EqualizeLayers, _Group
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.proto import from_proto, to_proto
 from onnxcompress.quantization.channel_scales import ChannelScales
@@ -156,3 +156,14 @@ def test_infinite_activations_are_named(rng: np.random.Generator) -> None:
 def test_no_data_is_a_usage_error() -> None:
     with pytest.raises(DataError, match="needs calibration data"):
         EqualizeLayers()(uneven("Relu"), Context())
+
+
+def test_small_channels_keep_four_times_the_room_and_no_more() -> None:
+    relative = np.array([1.0, 0.25, 1 / 16, 0.01, 1e-9])
+    none = np.full(5, np.inf)
+    group = _Group("x", np.arange(5), [], [], relative, relative, np.ones(5), none)
+    room = np.maximum(relative, 0.001) / group.scales(0.5)  # the share of the tensor's range that each channel takes
+    np.testing.assert_allclose(1 / room, [1, 2, 4, 4, 4])
+    np.testing.assert_allclose(group.scales(1.0), np.maximum(relative, 0.001))
+    np.testing.assert_array_equal(group.scales(0.0), np.ones(5))
+    assert (group.scales(1e-4) > 0.999).all()
