@@ -21,6 +21,10 @@ left alone::
 
 A channel behind ReLU6 keeps its bound exact for the values that calibration saw.
 
+Where nothing can take the scales in, and matrix products alone read a float tensor as integers, a multiplication is
+inserted in front of them (``insert``): behind LayerNormalization with a residual stream, and behind Gelu. See
+:mod:`onnxcompress.quantization.inserted_scales`.
+
 Sources: M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019;
 G. Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", ICML 2023.
 """
@@ -40,7 +44,9 @@ from onnxcompress.base import Change, Context, Guarantee, Pass, Refusal
 from onnxcompress.graph import Graph
 from onnxcompress.quantization.channel_scales import ChannelScales, Reader
 from onnxcompress.quantization.channel_statistics import ChannelStatistics, channel_statistics
+from onnxcompress.quantization.inserted_scales import find_borders, insert_scales
 from onnxcompress.shapes import infer_shapes
+from onnxcompress.targets import get_target
 
 __all__ = ["EqualizeLayers"]
 
@@ -57,6 +63,9 @@ class EqualizeLayers(Pass):
     name: ClassVar[str] = "equalize_layers"
 
     strength: float = Field(0.5, ge=0, le=1, description="0 leaves all as it is, 1 makes the ranges of channels equal")
+    insert: bool = Field(
+        True, description="Multiply by a constant in front of matrix products where no neighbour can take the scales in"
+    )
 
     @property
     def guarantee(self) -> Guarantee:
@@ -74,13 +83,16 @@ class EqualizeLayers(Pass):
         types = infer_shapes(graph)
         scales = ChannelScales(graph, types)
         watched = _watched(graph, scales)
-        if not watched:
-            return
+        borders = find_borders(graph, get_target(context.target), types) if self.insert else []
+        borders = [border for border in borders if border.tensor.name not in watched]
         axes = {name: (scales.tensors[name].axis, len(types[name].shape or ())) for name in watched}
+        axes |= {border.tensor.name: (border.axis, border.rank) for border in borders}
+        if not axes:
+            return
         statistics = channel_statistics(graph, axes, context.data, threads=context.threads, progress=context.progress)
         chosen = np.ones(scales.count)
         makers = {tensor.name: node.name for node in graph.nodes for tensor in node.outputs}
-        for group in _groups(scales, statistics):
+        for group in _groups(scales, {name: statistics[name] for name in watched}):
             gain = group.gain(self.strength)
             if gain > 0:
                 chosen[group.roots] = group.scales(self.strength)
@@ -91,6 +103,8 @@ class EqualizeLayers(Pass):
                 yield Refusal(makers[group.first], "equalising its channels would make their readers' weights noisier")
         for node in scales.divide(chosen):
             yield Change("scaled", node.name, f"weights of {node.op}")
+        for node, gain in insert_scales(graph, borders, statistics):
+            yield Change("inserted", node.name, f"Mul ahead of matrix products, {gain:.1f} dB less noise predicted")
 
 
 def _watched(graph: Graph, scales: ChannelScales) -> list[str]:

@@ -16,6 +16,9 @@ from onnxcompress.targets.base import OperatorRule, Role, Target, Types, WeightR
 
 __all__ = ["CPU"]
 
+#: constant factors of which the largest is more than this many times the smallest are not quantised with one scale
+_UNEVEN = 4.0
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Conditions
 
@@ -147,6 +150,17 @@ def _where(node: gs.Node, types: Types, opset: int) -> str | None:
     return None
 
 
+def _mul(node: gs.Node, types: Types, opset: int) -> str | None:
+    for tensor in node.inputs[:2]:
+        value = constant_value(tensor)
+        if value is None or value.size < 2:
+            continue
+        factors = np.abs(value[value != 0])
+        if factors.size and factors.min() * _UNEVEN < factors.max():
+            return "its constant factors differ much, and one scale would leave the small ones no resolution"
+    return None
+
+
 def _add(node: gs.Node, types: Types, opset: int) -> str | None:
     for tensor, other in (node.inputs[:2], node.inputs[1::-1]):
         maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
@@ -201,7 +215,7 @@ CPU = Target(
             refuse=_matmul,
         ),
         "Add": OperatorRule(Role.ARITHMETIC, ("QLinearAdd",), inputs=(0, 1), refuse=_add),
-        "Mul": OperatorRule(Role.ARITHMETIC, ("QLinearMul",), inputs=(0, 1)),
+        "Mul": OperatorRule(Role.ARITHMETIC, ("QLinearMul",), inputs=(0, 1), refuse=_mul),
         "Concat": OperatorRule(Role.ARITHMETIC, ("QLinearConcat", "Concat"), inputs=None, gain=0.15, refuse=_concat),
         "AveragePool": OperatorRule(Role.ARITHMETIC, ("QLinearAveragePool",), gain=0.3, refuse=_average_pool),
         "GlobalAveragePool": OperatorRule(Role.ARITHMETIC, ("QLinearGlobalAveragePool",), gain=0.3, refuse=_pool),
