@@ -47,6 +47,11 @@ PASSES: Mapping[str, PassEntry] = MappingProxyType(
             "FoldBatchNorm",
             "Fold BatchNormalization and constant scales into Conv, Gemm and MatMul.",
         ),
+        "arrange_blocks": PassEntry(
+            "onnxcompress.passes.arrange_blocks",
+            "ArrangeBlocks",
+            "Write residual additions and projections of transformers as the runtime is fastest.",
+        ),
         "equalize_layers": PassEntry(
             "onnxcompress.passes.equalize_layers",
             "EqualizeLayers",
@@ -56,6 +61,11 @@ PASSES: Mapping[str, PassEntry] = MappingProxyType(
             "onnxcompress.passes.quantize_embeddings",
             "QuantizeEmbeddings",
             "Store embedding tables as int8 with one scale per row.",
+        ),
+        "quantize_dynamic": PassEntry(
+            "onnxcompress.passes.quantize_dynamic",
+            "QuantizeDynamic",
+            "Dynamic INT8: int8 weights, activations quantised at run time; needs no data.",
         ),
         "insert_qdq": PassEntry(
             "onnxcompress.passes.insert_qdq",

@@ -12,6 +12,10 @@ not believed, so in nested graphs only what needs no shape is removed.
 Graph outputs keep their names: where such an operator makes one, its producer takes the name over, if the producer is
 a node of the same graph and its own name does not leave the graph as well. A node is dead where no output of the
 graph depends on it; the inputs of a graph, overridable initializers among them, always stay.
+
+What PyTorch's exporter notes at every node for debugging goes, too: stack traces with paths of the machine that
+exported, module classes, its own intermediate form. On a small transformer that is half a percent of the file, 2 % once
+the weights are 8-bit. Doc strings and metadata under any other key stay.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from onnxcompress.graph import (
     Graph,
     attribute,
     constant_value,
+    extra,
     first_output,
     graph_output_ids,
     model_info,
@@ -36,12 +41,15 @@ from onnxcompress.graph import (
     normal_domain,
     redirect,
     remove_nodes,
+    set_extra,
     walk_graphs,
 )
 from onnxcompress.shapes import DerivedTypes, Shape, derive_types
 
 __all__ = ["EliminateDeadNodes"]
 
+#: keys under which torch.onnx and onnxscript keep notes at nodes
+_NAMESPACE, _PACKAGES = "namespace", ("pkg.torch.", "pkg.onnxscript.")
 #: exporters write these for "to the end"; no axis is that long
 WITHOUT_END = 2**31 - 1
 
@@ -65,6 +73,25 @@ class EliminateDeadNodes(Pass):
             for constant in info.unread:
                 yield Change("removed", constant.name, "initializer that nothing reads")
             info.unread.clear()
+        stripped = sum(_strip_notes(node) for part in walk_graphs(graph) for node in part.nodes)
+        if stripped:
+            yield Change("removed", "", f"{stripped} bytes of the exporter's notes for debugging")
+
+
+def _strip_notes(node: gs.Node) -> int:
+    """Remove the exporter's notes from ``node``; returns how many bytes they took."""
+    proto = extra(node)
+    if proto is None:
+        return 0
+    kept = [p for p in proto.metadata_props if p.key != _NAMESPACE and not p.key.startswith(_PACKAGES)]
+    if len(kept) == len(proto.metadata_props):
+        return 0
+    own = type(proto)()
+    own.CopyFrom(proto)
+    del own.metadata_props[:]
+    own.metadata_props.extend(kept)
+    set_extra(node, own)
+    return int(proto.ByteSize() - own.ByteSize())
 
 
 class _Refused(Exception):

@@ -33,6 +33,7 @@ __all__ = [
     "Unit",
     "activation_bounds",
     "costly_conversions",
+    "excluded_reason",
     "explain",
     "find_islands",
     "place",
@@ -289,6 +290,11 @@ def find_islands(placement: Placement, macs: Mapping[str, int]) -> list[Island]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Units
+
+
+def excluded_reason(node: gs.Node, nodes: Iterable[str], operators: Iterable[str]) -> str | None:
+    """Why the options ``exclude_nodes`` and ``exclude_operators`` of a pass leave ``node`` alone, or None."""
+    return _Exclusions(nodes, operators).reason(node)
 
 
 class _Exclusions:

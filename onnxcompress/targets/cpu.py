@@ -16,9 +16,6 @@ from onnxcompress.targets.base import OperatorRule, Role, Target, Types, WeightR
 
 __all__ = ["CPU"]
 
-#: constant factors of which the largest is more than this many times the smallest are not quantised with one scale
-_UNEVEN = 4.0
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Conditions
 
@@ -88,11 +85,45 @@ def _gemm(node: gs.Node, types: Types, opset: int) -> str | None:
     return _bias_reason(node, 2, weight.shape[0 if attribute(node, "transB", 0) else 1], broadcasts=True)
 
 
+def _from_softmax(tensor: gs.Tensor) -> bool:
+    """True for the result of a Softmax, also behind what only moves, masks or casts it."""
+    for _ in range(4):
+        if len(tensor.inputs) != 1:
+            return False
+        maker = tensor.inputs[0]
+        if maker.op == "Softmax":
+            return True
+        if maker.op == "Where":
+            return any(_from_softmax(branch) for branch in maker.inputs[1:3])
+        if maker.op not in ("Transpose", "Reshape", "Dropout", "Identity", "Cast", "Mul"):
+            return False
+        tensor = maker.inputs[0]
+    return False
+
+
+def _to_softmax(tensor: gs.Tensor) -> bool:
+    """True where ``tensor`` is scaled, masked and then goes into a Softmax."""
+    for _ in range(6):
+        if len(tensor.outputs) != 1:
+            return False
+        reader = tensor.outputs[0]
+        if reader.op == "Softmax":
+            return True
+        if reader.op not in ("Mul", "Div", "Add", "Where", "Reshape", "Cast", "Sub"):
+            return False
+        tensor = reader.outputs[0]
+    return False
+
+
 def _matmul(node: gs.Node, types: Types, opset: int) -> str | None:
     if constant_value(node.inputs[0]) is not None:
         return "its left operand is constant, and weights are read from the right one"
     weight = constant_value(node.inputs[1])
     if weight is None:
+        if any(_from_softmax(tensor) for tensor in node.inputs[:2]):
+            return "it multiplies probabilities, and eight bits leave no resolution for the small ones"
+        if _to_softmax(node.outputs[0]):
+            return "it makes the scores of a Softmax, which the runtime computes as fast in floats"
         return None  # both operands are activations
     if weight.ndim != 2:
         return f"its weight has rank {weight.ndim}, and per-channel scales need rank 2"
@@ -151,13 +182,11 @@ def _where(node: gs.Node, types: Types, opset: int) -> str | None:
 
 
 def _mul(node: gs.Node, types: Types, opset: int) -> str | None:
+    products = [reader for reader in node.outputs[0].outputs if reader.op in ("MatMul", "Gemm")]
     for tensor in node.inputs[:2]:
         value = constant_value(tensor)
-        if value is None or value.size < 2:
-            continue
-        factors = np.abs(value[value != 0])
-        if factors.size and factors.min() * _UNEVEN < factors.max():
-            return "its constant factors differ much, and one scale would leave the small ones no resolution"
+        if value is not None and value.size > 1 and products:
+            return "it evens out channels for the product behind it, which a quantiser in front of it would undo"
     return None
 
 
