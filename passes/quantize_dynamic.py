@@ -100,7 +100,7 @@ class QuantizeDynamic(Pass):
     )
     exclude_nodes: tuple[str, ...] = Field((), description="Node names that stay float; * and ? match as in a shell")
     exclude_operators: tuple[str, ...] = Field((), description="Operator types that stay float, such as Gemm")
-    minimum_weights: int = Field(4096, ge=0, description="Products with fewer weights stay float: they save no time")
+    minimum_weights: int = Field(1024, ge=0, description="Products with fewer weights stay float: they save no time")
     audit: bool = Field(True, description="Check on the optimised graph that the runtime fused what was written")
 
     @property

@@ -2,7 +2,8 @@
 
 - ``MatMul(x, W) + b`` with a matrix ``x`` becomes ``Gemm(x, W, b)``: the integer Gemm takes the bias, and the runtime
   would make the same rewrite itself, after which an integer MatMul no longer matches.
-- ``ReduceMean`` over all spatial axes becomes ``GlobalAveragePool``, which has an integer kernel.
+- ``ReduceMean`` over all spatial axes becomes ``GlobalAveragePool``, which has an integer kernel. Those of a
+  LayerNormalization that the exporter wrote out stay, or the runtime would not recognise it.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ def _matmul_with_bias(node: gs.Node, types: Mapping[str, TensorType], outputs: s
     return True
 
 
+def _squares(node: gs.Node) -> bool:
+    return bool(node.op == "Pow" or node.inputs[0] is node.inputs[1])
+
+
 def _spatial_mean(graph: Graph, node: gs.Node, types: Mapping[str, TensorType], names: Names) -> bool:
     rank = _rank(node.inputs[0], types)
     if rank is None or rank < 3:
@@ -69,6 +74,10 @@ def _spatial_mean(graph: Graph, node: gs.Node, types: Mapping[str, TensorType], 
     if axes is None or sorted(axis % rank for axis in axes) != list(range(2, rank)):
         return False
     source, result = node.inputs[0], node.outputs[0]
+    if any(reader.op == "Sub" and reader.inputs[1] is result for reader in result.outputs):
+        return False  # the mean of a LayerNormalization
+    if any(maker.op in ("Pow", "Mul") and _squares(maker) for maker in source.inputs):
+        return False  # its variance
     keep = attribute(node, "keepdims", 1)
     node.op, node.attrs = "GlobalAveragePool", {}
     node.inputs = [source]
