@@ -33,6 +33,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxcompress.base import Change, Context, Decision, Guarantee, Pass, Refusal
+from onnxcompress.composites import composite
 from onnxcompress.errors import ModelError
 from onnxcompress.graph import (
     Graph,
@@ -255,6 +256,9 @@ class _Folder:
         chain: list[gs.Node] = []
         while (producer := self._producer(data)) is not None:
             try:
+                whole = composite(producer)
+                if whole is not None:
+                    raise _Refused(f"it is part of a {whole} that the runtime runs as one operator")
                 self._only_reader(data)
                 source = _data_input(producer)
                 affine = self._affine(producer, source, linear.input)

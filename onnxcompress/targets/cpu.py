@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcompress.composites import composite
 from onnxcompress.graph import attribute, constant_value
 from onnxcompress.quantization.affine import QuantScheme
 from onnxcompress.targets.base import OperatorRule, Role, Target, Types, WeightRule
@@ -181,69 +182,13 @@ def _where(node: gs.Node, types: Types, opset: int) -> str | None:
     return None
 
 
-def _maker(tensor: gs.Tensor) -> gs.Node | None:
-    return tensor.inputs[0] if len(tensor.inputs) == 1 else None
-
-
-def _normalises(node: gs.Node | None) -> bool:
-    """True for the Div (or Mul by a reciprocal) that ends a written-out LayerNormalization, and for its scale."""
-    if node is None or node.op not in ("Div", "Mul"):
-        return False
-    if node.op == "Mul" and any(_is_weight(t) and _normalises(_maker(o)) for t, o in _operands(node)):
-        return True
-    return any(
-        maker is not None and (maker.op == "Sqrt" or (maker.op in ("Reciprocal", "Div") and _roots(maker)))
-        for maker in map(_maker, node.inputs)
-    )
-
-
-def _roots(node: gs.Node) -> bool:
-    return any(maker is not None and maker.op == "Sqrt" for maker in map(_maker, node.inputs))
-
-
-def _operands(node: gs.Node) -> tuple[tuple[gs.Tensor, gs.Tensor], tuple[gs.Tensor, gs.Tensor]]:
-    """Both ways to tell the inputs of a node apart."""
-    first, second = node.inputs[:2]
-    return (first, second), (second, first)
-
-
-def _one_plus_erf(tensor: gs.Tensor) -> bool:
-    """True for 1 + Erf or 1 + Tanh, the factor of a written-out Gelu, also halved."""
-    maker = _maker(tensor)
-    if maker is None or maker.op not in ("Add", "Mul") or len(maker.inputs) < 2:
-        return False
-    for constant, other in _operands(maker):
-        inner = _maker(other)
-        if _is_weight(constant) and inner is not None:
-            if maker.op == "Add" and inner.op in ("Erf", "Tanh"):
-                return True
-            if maker.op == "Mul" and inner.op == "Add" and _one_plus_erf(other):
-                return True
-    return False
-
-
-def _of_gelu(node: gs.Node) -> bool:
-    """True for each Mul and Add of a written-out Gelu behind its Erf or Tanh, and for ``x * 0.5`` in front."""
-    if node.op == "Add":
-        return _one_plus_erf(node.outputs[0])
-    if any(_one_plus_erf(tensor) for tensor in (*node.inputs, node.outputs[0])):
-        return True
-    for constant, other in _operands(node):
-        inner = _maker(other)
-        if _is_weight(constant) and inner is not None and inner.op == "Mul":
-            return any(_one_plus_erf(tensor) for tensor in inner.inputs)
-    readers = node.outputs[0].outputs
-    return len(readers) == 1 and readers[0].op == "Mul" and any(_one_plus_erf(t) for t in readers[0].inputs)
-
-
 _FUSED_WHOLE = "it is part of a {} that the runtime fuses, and which has no integer form"
 
 
 def _mul(node: gs.Node, types: Types, opset: int) -> str | None:
-    if _normalises(node):
-        return _FUSED_WHOLE.format("LayerNormalization")
-    if _of_gelu(node):
-        return _FUSED_WHOLE.format("Gelu")
+    whole = composite(node)
+    if whole is not None:
+        return _FUSED_WHOLE.format(whole)
     products = [reader for reader in node.outputs[0].outputs if reader.op in ("MatMul", "Gemm")]
     for tensor in node.inputs[:2]:
         value = constant_value(tensor)
@@ -253,10 +198,9 @@ def _mul(node: gs.Node, types: Types, opset: int) -> str | None:
 
 
 def _add(node: gs.Node, types: Types, opset: int) -> str | None:
-    if any(_is_weight(constant) and _normalises(_maker(other)) for constant, other in _operands(node)):
-        return _FUSED_WHOLE.format("LayerNormalization")
-    if _of_gelu(node):
-        return _FUSED_WHOLE.format("Gelu")
+    whole = composite(node)
+    if whole is not None:
+        return _FUSED_WHOLE.format(whole)
     for tensor, other in (node.inputs[:2], node.inputs[1::-1]):
         maker = tensor.inputs[0] if len(tensor.inputs) == 1 else None
         if maker is not None and maker.op == "MatMul" and _is_weight(maker.inputs[1]):

@@ -1,0 +1,88 @@
+"""LayerNormalization and Gelu as exporters write them out, in the operators of older opsets.
+
+The runtime recognises these patterns and runs each as one operator. A pass that folds a scale out of one, or quantises
+a part of it, leaves the runtime with the pieces: several times slower, and with integers in the middle less accurate.
+
+::
+
+    LayerNormalization    (x - mean) / sqrt(variance + epsilon) * scale + bias
+    Gelu                  x * (1 + erf(x / sqrt(2))) * 0.5, the factors in any order; tanh in the approximation
+"""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from onnxcompress.graph import constant_value
+
+__all__ = ["composite"]
+
+
+def composite(node: gs.Node) -> str | None:
+    """The function that ``node``, an Add, Mul or Div, is the end of or a part of; None where it stands by itself."""
+    if node.op not in ("Add", "Mul", "Div") or len(node.inputs) < 2:
+        return None
+    if node.op == "Add" and any(_is_constant(c) and _normalises(_maker(other)) for c, other in _operands(node)):
+        return "LayerNormalization"
+    if _normalises(node):
+        return "LayerNormalization"
+    return "Gelu" if node.op != "Div" and _of_gelu(node) else None
+
+
+def _is_constant(tensor: gs.Tensor) -> bool:
+    return constant_value(tensor) is not None
+
+
+def _maker(tensor: gs.Tensor) -> gs.Node | None:
+    return tensor.inputs[0] if len(tensor.inputs) == 1 else None
+
+
+def _normalises(node: gs.Node | None) -> bool:
+    """True for the Div (or Mul by a reciprocal) that ends a written-out LayerNormalization, and for its scale."""
+    if node is None or node.op not in ("Div", "Mul"):
+        return False
+    if node.op == "Mul" and any(_is_constant(t) and _normalises(_maker(o)) for t, o in _operands(node)):
+        return True
+    return any(
+        maker is not None and (maker.op == "Sqrt" or (maker.op in ("Reciprocal", "Div") and _roots(maker)))
+        for maker in map(_maker, node.inputs)
+    )
+
+
+def _roots(node: gs.Node) -> bool:
+    return any(maker is not None and maker.op == "Sqrt" for maker in map(_maker, node.inputs))
+
+
+def _operands(node: gs.Node) -> tuple[tuple[gs.Tensor, gs.Tensor], tuple[gs.Tensor, gs.Tensor]]:
+    """Both ways to tell the inputs of a node apart."""
+    first, second = node.inputs[:2]
+    return (first, second), (second, first)
+
+
+def _one_plus_erf(tensor: gs.Tensor) -> bool:
+    """True for 1 + Erf or 1 + Tanh, the factor of a written-out Gelu, also halved."""
+    maker = _maker(tensor)
+    if maker is None or maker.op not in ("Add", "Mul") or len(maker.inputs) < 2:
+        return False
+    for constant, other in _operands(maker):
+        inner = _maker(other)
+        if _is_constant(constant) and inner is not None:
+            if maker.op == "Add" and inner.op in ("Erf", "Tanh"):
+                return True
+            if maker.op == "Mul" and inner.op == "Add" and _one_plus_erf(other):
+                return True
+    return False
+
+
+def _of_gelu(node: gs.Node) -> bool:
+    """True for each Mul and Add of a written-out Gelu behind its Erf or Tanh, and for ``x * 0.5`` in front."""
+    if node.op == "Add":
+        return _one_plus_erf(node.outputs[0])
+    if any(_one_plus_erf(tensor) for tensor in (*node.inputs, node.outputs[0])):
+        return True
+    for constant, other in _operands(node):
+        inner = _maker(other)
+        if _is_constant(constant) and inner is not None and inner.op == "Mul":
+            return any(_one_plus_erf(tensor) for tensor in inner.inputs)
+    readers = node.outputs[0].outputs
+    return len(readers) == 1 and readers[0].op == "Mul" and any(_one_plus_erf(t) for t in readers[0].inputs)
