@@ -350,3 +350,19 @@ def test_linear_in_graph_size() -> None:
     result = EliminateDeadNodes()(graph)
     assert time.perf_counter() - start < 30  # 3 s on an idle machine
     assert result.report.after.operators == {"Relu": 10_000}
+
+
+def test_the_exporters_notes_go_and_others_stay() -> None:
+    model = BY_NAME["attention"].build()
+    for node in model.graph.node:
+        node.doc_string = "kept"
+        for key in ("pkg.torch.onnx.stack_trace", "namespace", "origin"):
+            node.metadata_props.add(key=key, value="somewhere " * 9)
+    graph = from_proto(model)
+    result = EliminateDeadNodes()(graph)
+    assert [c.detail for c in result.report.changes if "notes" in c.detail]
+    written = to_proto(result.graph)
+    for node in written.graph.node:
+        assert {p.key for p in node.metadata_props} == {"origin"} and node.doc_string == "kept"
+    assert to_proto(graph).SerializeToString() == to_proto(from_proto(model)).SerializeToString()
+    assert not EliminateDeadNodes()(result.graph).report.changes
