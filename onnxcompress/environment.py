@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cpu_flags", "cpu_quota", "describe_environment", "has_int8_dot_product"]
+__all__ = ["cpu_flags", "cpu_quota", "describe_environment", "has_int8_dot_product", "saturation_note"]
 
 #: instruction sets that matter to float32 and int8 kernels, as Linux spells them
 _INSTRUCTION_SETS = (
@@ -70,6 +70,16 @@ def has_int8_dot_product(flags: frozenset[str]) -> bool | None:
     if not flags:
         return None
     return bool(flags & {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"})
+
+
+def saturation_note() -> str:
+    """What whoever quantises weights to 8 bits for x86 has to know, and whether it concerns this machine."""
+    here = {True: "this one has it", False: "this one does not", None: "this one is not known"}
+    return (
+        "on x86 processors without VNNI or AMX int8 weights saturate and accuracy drops "
+        f"({here[has_int8_dot_product(cpu_flags())]}); there, use --target x86-any, or set "
+        "session.x64quantprecision=1 in onnxruntime"
+    )
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:

@@ -23,7 +23,7 @@ from pydantic import Field, FiniteFloat, field_validator
 
 from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, Refusal
 from onnxcompress.destination import checked_destination
-from onnxcompress.environment import cpu_flags, has_int8_dot_product
+from onnxcompress.environment import saturation_note
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, copy_graph, normal_domain, replace_contents, sort_nodes
 from onnxcompress.opset import raise_opset
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 __all__ = ["InsertQdq"]
 
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
-_HERE = {True: "this one has it", False: "this one does not", None: "this one is not known"}
 
 
 class InsertQdq(Pass):
@@ -379,8 +378,4 @@ def _warn_of_the_target(placement: Placement, context: Context) -> None:
         context.warn(target.int8_note)
     weights = any(unit.rule is not None and unit.rule.weight is not None for unit in placement.integer_units)
     if weights and target.saturates:
-        context.warn(
-            "on x86 processors without VNNI or AMX int8 weights saturate and accuracy drops "
-            f"({_HERE[has_int8_dot_product(cpu_flags())]}); there, use --target x86-any, or set "
-            "session.x64quantprecision=1 in onnxruntime"
-        )
+        context.warn(saturation_note())

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, Refusal
+from onnxcompress.environment import saturation_note
 from onnxcompress.errors import DataError
 from onnxcompress.graph import (
     Graph,
@@ -163,10 +164,7 @@ class QuantizeDynamic(Pass):
             if fused < len(candidates):
                 context.warn(f"the runtime fused {fused} of {len(candidates)} dynamically quantised matrix products")
         if target.saturates:
-            context.warn(
-                "on x86 processors without VNNI or AMX int8 weights saturate and accuracy drops; there, use "
-                "--target x86-any"
-            )
+            context.warn(saturation_note())
 
     def _candidates(self, graph: Graph, target: Target) -> tuple[list[gs.Node], list[Refusal]]:
         """Nodes of the outermost graph to rewrite, and those that were refused."""
