@@ -194,6 +194,7 @@ def test_nets_without_sequences_are_not_measured(rng: np.random.Generator) -> No
     [
         (20.0, 21.0, (1.0, 0.98, 1.02), True),  # as fast, closer
         (21.0, 20.0, (1.01, 0.99, 1.03), False),  # not surely faster, worse
+        (20.3, 20.0, (1.0, 0.98, 1.02), True),  # a tie
         (20.5, 20.0, (1.1, 1.08, 1.12), True),  # 10 % are worth 1.4 dB
         (20.0, 21.0, (0.8, 0.78, 0.82), False),  # 20 % slower cost 3.2 dB
     ],
