@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -164,6 +165,8 @@ def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
 def node_macs(graph: Graph, types: Mapping[str, TensorType]) -> dict[str, int]:
     """Multiply-accumulates by node name for Conv, ConvTranspose, Gemm and MatMul of the outermost graph.
 
+    ONNX's integer forms of them (ConvInteger, QLinearConv, MatMulInteger, QLinearMatMul) count alike.
+
     Symbolic dimensions (the batch, as a rule) count as one, so the figure is per sample where only the batch is
     symbolic. Nodes whose shapes are unknown are left out.
     """
@@ -187,8 +190,8 @@ def _sizes(tensor: gs.Tensor, types: Mapping[str, TensorType]) -> list[int] | No
     return [d if isinstance(d, int) else 1 for d in shape]
 
 
-def _conv_macs(node: gs.Node, types: Mapping[str, TensorType]) -> int | None:
-    out, weight = _sizes(node.outputs[0], types), _sizes(node.inputs[1], types)
+def _conv_macs(node: gs.Node, types: Mapping[str, TensorType], weight_index: int = 1) -> int | None:
+    out, weight = _sizes(node.outputs[0], types), _sizes(node.inputs[weight_index], types)
     return None if out is None or weight is None else prod(out) * prod(weight[1:])
 
 
@@ -205,9 +208,18 @@ def _gemm_macs(node: gs.Node, types: Mapping[str, TensorType]) -> int | None:
     return prod(out) * max(a[0 if attribute(node, "transA", 0) else 1], b[1 if attribute(node, "transB", 0) else 0])
 
 
-def _matmul_macs(node: gs.Node, types: Mapping[str, TensorType]) -> int | None:
-    out, a, b = (_sizes(t, types) for t in (node.outputs[0], *node.inputs[:2]))
+def _matmul_macs(node: gs.Node, types: Mapping[str, TensorType], right_index: int = 1) -> int | None:
+    out, a, b = (_sizes(t, types) for t in (node.outputs[0], node.inputs[0], node.inputs[right_index]))
     return None if out is None or not a or not b else prod(out) * max(a[-1], b[-2 if len(b) > 1 else -1])
 
 
-_MACS = {"Conv": _conv_macs, "ConvTranspose": _conv_transpose_macs, "Gemm": _gemm_macs, "MatMul": _matmul_macs}
+_MACS: dict[str, Callable[[gs.Node, Mapping[str, TensorType]], int | None]] = {
+    "Conv": _conv_macs,
+    "ConvInteger": _conv_macs,
+    "ConvTranspose": _conv_transpose_macs,
+    "Gemm": _gemm_macs,
+    "MatMul": _matmul_macs,
+    "MatMulInteger": _matmul_macs,
+    "QLinearConv": partial(_conv_macs, weight_index=3),
+    "QLinearMatMul": partial(_matmul_macs, right_index=3),
+}

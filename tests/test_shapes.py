@@ -1,0 +1,52 @@
+"""Multiply-accumulates do not depend on how a product is written."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from onnxcompress.proto import from_proto
+from onnxcompress.shapes import infer_shapes, node_macs
+
+#: [N, 8, 6, 6] with 4 filters of 8 x 3 x 3 at stride 1 without padding
+CONV = 4 * 4 * 4 * 8 * 3 * 3
+#: [N, 5, 8] times [8, 4]
+MATMUL = 5 * 4 * 8
+
+
+def counted(node: onnx.NodeProto, shape: list[int | str], kind: int, constants: dict[str, NDArray[np.generic]]) -> int:
+    out_kind = onnx.TensorProto.INT32 if node.op_type.endswith("Integer") else kind
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", kind, ["N", *shape])],
+        [helper.make_tensor_value_info("y", out_kind, None)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    loaded = from_proto(model)
+    return node_macs(loaded, infer_shapes(loaded))["n"]
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs"),
+    [
+        ("Conv", ["x", "w"]),
+        ("ConvInteger", ["x", "w"]),
+        ("QLinearConv", ["x", "s", "z", "w", "s", "t", "s", "z"]),
+        ("MatMul", ["x", "w"]),
+        ("MatMulInteger", ["x", "w"]),
+        ("QLinearMatMul", ["x", "s", "z", "w", "s", "t", "s", "z"]),
+    ],
+)
+def test_macs_of_float_and_integer_forms(op: str, inputs: list[str]) -> None:
+    conv, floats = "Conv" in op, op in ("Conv", "MatMul")
+    weight = np.ones((4, 8, 3, 3) if conv else (8, 4), np.float32 if floats else np.int8)
+    constants = {"w": weight, "s": np.float32(0.5), "z": np.uint8(3), "t": np.int8(0)}
+    used = {name: np.asarray(value) for name, value in constants.items() if name in inputs}
+    node = helper.make_node(op, inputs, ["y"], name="n")
+    kind = onnx.TensorProto.FLOAT if floats else onnx.TensorProto.UINT8
+    assert counted(node, [8, 6, 6] if conv else [5, 8], kind, used) == (CONV if conv else MATMUL)
