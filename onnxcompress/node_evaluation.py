@@ -24,7 +24,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnxcompress.graph import attribute, constant_value, nested_graphs, normal_domain
 
-__all__ = ["DATA_MOVEMENT", "EVALUATED", "NotEvaluable", "evaluate_node", "move_data", "shape_range"]
+__all__ = ["DATA_MOVEMENT", "EVALUATED", "NotEvaluable", "evaluate_node", "move_data", "shape_range", "slice_window"]
 
 Array = NDArray[Any]
 Inputs = Sequence[Array | None]
@@ -203,11 +203,11 @@ def _slice(node: gs.Node, inputs: Inputs, opset: int, limit: int) -> list[Array]
         axes, steps = given[0], given[1] or [1] * len(starts)
     window = [slice(None)] * data.ndim
     for start, end, axis, step in zip(starts, ends, axes or range(len(starts)), steps, strict=True):
-        window[axis] = _window(int(start), int(end), int(step), data.shape[axis])
+        window[axis] = slice_window(int(start), int(end), int(step), data.shape[axis])
     return [data[tuple(window)].copy()]
 
 
-def _window(start: int, end: int, step: int, size: int) -> slice:
+def slice_window(start: int, end: int, step: int, size: int) -> slice:
     """What Slice takes of an axis; unlike numpy, a backward slice starts at the first element at least."""
     if step < 0 and end >= WITHOUT_END:
         raise ValueError("runtimes disagree about a backward slice that ends at the largest number")
