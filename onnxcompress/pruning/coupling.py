@@ -94,9 +94,14 @@ def couple(graph: Graph, types: Mapping[str, TensorType] | None = None) -> Coupl
     """:func:`coupling_groups` and what surgery needs to know beside."""
     if types is None:
         types = infer_shapes(graph, {t.name: tuple(t.shape) for t in graph.inputs if t.shape is not None})
-    coupler = Coupler(graph, types)
-    coupler.run(RULES, READS_SIZES)
-    return _Assembly(coupler).result()
+    evenly: frozenset[str] = frozenset()
+    while True:
+        coupler = Coupler(graph, types, evenly)
+        coupler.run(RULES, READS_SIZES)
+        stuck = {name for name, labels in coupler.whole.items() if coupler.labels.pinned(labels).all()}
+        if not stuck:
+            return _Assembly(coupler).result()
+        evenly |= stuck
 
 
 @dataclass

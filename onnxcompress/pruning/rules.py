@@ -179,17 +179,20 @@ def _grouped(
 ) -> None:
     """Depthwise: input and output go together. Else whole groups are cut, or the same positions of every group.
 
-    Whichever leaves more to choose from is taken. Where the input cannot be cut, outputs are cut evenly.
+    Whichever leaves more to choose from is taken. Where what is tied together turns out to be pinned, the walk is
+    repeated with ``evenly``, so that the other side can still be cut.
     """
     per_in = 1 if entering is None else entering.size // group
     per_out = 1 if leaving is None else leaving.size // group
-    blocks = entering is not None and leaving is not None and not c.labels.pinned(entering).all()
+    blocks = entering is not None and leaving is not None and node.name not in c.evenly
     if blocks and (per_in == 1 or group >= min(per_in, per_out)):
         assert entering is not None
         assert leaving is not None
         rows = np.concatenate([entering.reshape(group, -1), leaving.reshape(group, -1)], axis=1)
         c.labels.join(rows[:, :1], rows)
         c.passes(node, 1)
+        if per_in > 1 and per_out > 1:
+            c.whole[node.name] = leaving
         if inner is not None:
             c.labels.pin(inner, f"{node.op} {node.name!r} has groups, which are cut as a whole")
         return
@@ -238,7 +241,7 @@ def _conv_transpose(c: Coupler, node: gs.Node) -> None:
         channels = shape[1].size * group
         leaving = c.labels.fresh(channels) if channels > 1 else None
         by_group = 1 if rows is None else rows.size // group
-        whole = entering is not None and not c.labels.pinned(entering).all()
+        whole = entering is not None and node.name not in c.evenly
         if whole and (by_group == 1 or group >= min(by_group, shape[1].size)):
             _grouped(c, node, entering, leaving, inner, group)
         else:

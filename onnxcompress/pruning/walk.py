@@ -65,8 +65,12 @@ class Use:
 class Coupler:
     """The walk: states of tensors by name, and what the rules report."""
 
-    def __init__(self, graph: Graph, types: Mapping[str, TensorType]) -> None:
+    def __init__(self, graph: Graph, types: Mapping[str, TensorType], evenly: frozenset[str] = frozenset()) -> None:
         self.graph = graph
+        #: grouped convolutions whose groups are cut evenly, not as a whole
+        self.evenly = evenly
+        #: grouped convolutions whose groups are cut as a whole, with the labels of their outputs
+        self.whole: dict[str, Ints] = {}
         self.opset = int(graph.opset)
         self.labels = Labels()
         self._types = types
