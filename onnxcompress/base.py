@@ -6,7 +6,8 @@ unknown or ill-typed option is rejected before any data is read. :meth:`Pass.__c
     copy -> requires -> apply -> sort -> ensures -> report
 
 ``apply`` mutates the copy that it is given and yields what it did: a :class:`Change`, a :class:`Refusal` (a skip is a
-result, not a log line) or a :class:`Decision` (what was decided by measuring, so that a replay gives the same bytes).
+result, not a log line), a :class:`Decision` (what was decided by measuring, so that a replay gives the same bytes) or a
+:class:`Cut` (an axis that lost positions).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pydantic import BaseModel, ConfigDict
 
 from onnxcompress.errors import DataError
 from onnxcompress.graph import Graph, copy_graph, sort_nodes
+from onnxcompress.kept import Kept
 from onnxcompress.shapes import GraphStats, graph_stats
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Change",
     "Context",
+    "Cut",
     "Decision",
     "Detail",
     "Guarantee",
@@ -84,6 +87,15 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """An axis of a tensor that is not constant lost positions; ``kept`` are those that are left, sorted."""
+
+    tensor: str
+    axis: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Detail:
     """A fact for the report under a key of its own, for example the fusion audit; plain JSON types only."""
 
@@ -116,11 +128,14 @@ class PassReport:
 
 @dataclass(frozen=True)
 class PassResult:
-    """A new graph, what was done to it, and ``kept``: {tensor: (axis, indices)} where positions were removed."""
+    """A new graph, what was done to it, and ``kept``: what is left of each tensor that is not constant and was cut.
+
+    An axis that merges the batch with channels is described by one period of it.
+    """
 
     graph: Graph
     report: PassReport
-    kept: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    kept: Kept = field(default_factory=dict)
 
 
 class Progress(Protocol):
@@ -205,15 +220,11 @@ class Pass(BaseModel, ABC):
         """Raise an :class:`~onnxcompress.errors.OnnxCompressError` where the pass cannot start."""
 
     @abstractmethod
-    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
+    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail | Cut]:
         """Change ``graph`` in place and yield what was done, refused and decided."""
 
     def ensures(self, before: Graph, after: Graph, context: Context) -> None:
         """Raise where the result breaks a promise that can be checked on the graphs alone."""
-
-    def kept(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Positions that survive, for passes that remove some; see :class:`PassResult`."""
-        return {}
 
     def __call__(self, graph: Graph, context: Context | None = None) -> PassResult:
         """Run the pass on a copy of ``graph``; the argument is not changed."""
@@ -228,6 +239,7 @@ class Pass(BaseModel, ABC):
         refusals: list[Refusal] = []
         decisions: dict[str, Any] = {}
         details: dict[str, Any] = {}
+        kept: Kept = {}
         for item in self.apply(after, context):
             match item:
                 case Change():
@@ -238,6 +250,8 @@ class Pass(BaseModel, ABC):
                     decisions[item.option] = item.value
                 case Detail():
                     details[item.key] = item.value
+                case Cut():
+                    kept.setdefault(item.tensor, {})[item.axis] = item.kept
         sort_nodes(after)
         self.ensures(graph, after, context)
         report = PassReport(
@@ -252,4 +266,4 @@ class Pass(BaseModel, ABC):
             warnings=tuple(context.warnings[warned:]),
             details=details,
         )
-        return PassResult(after, report, self.kept())
+        return PassResult(after, report, kept)

@@ -8,7 +8,6 @@ Saving is deterministic, and the two files' hashes are compared, so what was jud
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -42,6 +41,7 @@ from onnxcompress.judging import (
     search_goals,
     slower_error,
 )
+from onnxcompress.kept import write_kept
 from onnxcompress.quantization.placement import costly_conversions
 from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_decisions, with_exclusions
 from onnxcompress.session import Session, import_onnxruntime
@@ -421,7 +421,7 @@ class _Job:
         recipe = with_decisions(self.budgeted.recipe, done.report)
         provenance = {"recipe": recipe.to_yaml()}
         if done.kept:
-            provenance["kept"] = json.dumps(done.kept, sort_keys=True)
+            provenance["kept"] = write_kept(done.kept)
         with tempfile.TemporaryDirectory(prefix=".onnxcompress-", dir=self.output.parent) as folder:
             with self.timed("save"):
                 staged = save(done.graph, Path(folder) / self.output.name, provenance=provenance)

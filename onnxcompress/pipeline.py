@@ -8,14 +8,23 @@ from typing import Any, ClassVar
 
 from pydantic import Field, SerializeAsAny
 
-from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, PassReport, PassResult, Refusal
-from onnxcompress.errors import OnnxCompressError
+from onnxcompress.base import (
+    Change,
+    Context,
+    Cut,
+    Decision,
+    Detail,
+    Guarantee,
+    Pass,
+    PassReport,
+    PassResult,
+    Refusal,
+)
 from onnxcompress.graph import Graph, copy_graph, replace_contents
+from onnxcompress.kept import Kept, compose_kept
 from onnxcompress.shapes import graph_stats
 
-__all__ = ["Kept", "Pipeline", "compose_kept"]
-
-Kept = dict[str, tuple[int, tuple[int, ...]]]
+__all__ = ["Pipeline"]
 
 _WEAKNESS = {Guarantee.EXACT: 0, Guarantee.EQUIVALENT: 1, Guarantee.APPROXIMATE: 2}
 
@@ -83,7 +92,7 @@ class Pipeline(Pass):
             children=tuple(reports),
         )
 
-    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
+    def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail | Cut]:
         """Run the passes on ``graph`` itself, for callers that hold a graph of their own."""
         result = self(graph, context)
         replace_contents(graph, result.graph)
@@ -91,6 +100,7 @@ class Pipeline(Pass):
         yield from result.report.refusals
         yield from (Decision(option, value) for option, value in result.report.decisions.items())
         yield from (Detail(key, value) for key, value in result.report.details.items())
+        yield from (Cut(name, axis, kept) for name, axes in result.kept.items() for axis, kept in axes.items())
 
 
 def _by_position(reports: Sequence[PassReport], values: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -99,23 +109,3 @@ def _by_position(reports: Sequence[PassReport], values: Sequence[dict[str, Any]]
         for i, (report, items) in enumerate(zip(reports, values, strict=True))
         for key, value in items.items()
     }
-
-
-def compose_kept(first: Kept, second: Kept) -> Kept:
-    """What two removals in a row keep: ``second`` counts positions in what ``first`` left.
-
-    Raises:
-        OnnxCompressError: both cut the same tensor along different axes, which one map cannot say.
-    """
-    composed = dict(first)
-    for name, (axis, indices) in second.items():
-        if name not in first:
-            composed[name] = (axis, indices)
-            continue
-        old_axis, old = first[name]
-        if old_axis != axis:
-            raise OnnxCompressError(
-                f"tensor {name!r} was cut along axis {old_axis} and then along axis {axis}; a kept map holds one axis"
-            )
-        composed[name] = (axis, tuple(old[i] for i in indices))
-    return composed

@@ -11,10 +11,10 @@ import onnx_graphsurgeon as gs
 import pytest
 from pydantic import ValidationError
 
-from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, Refusal
-from onnxcompress.errors import OnnxCompressError, UsageError
+from onnxcompress.base import Change, Context, Cut, Decision, Detail, Guarantee, Pass, Refusal
+from onnxcompress.errors import UsageError
 from onnxcompress.graph import Graph, redirect, remove_node
-from onnxcompress.pipeline import Pipeline, compose_kept
+from onnxcompress.pipeline import Pipeline
 
 
 def chain(length: int = 3) -> Graph:
@@ -148,30 +148,25 @@ def test_options_are_checked_and_frozen() -> None:
         Pipeline([]).passes = ()  # type: ignore[misc]
 
 
-def test_kept_maps_compose() -> None:
-    first = {"a": (1, (0, 2, 5, 7)), "b": (1, (3,))}
-    second = {"a": (1, (1, 3)), "c": (0, (4, 6))}
-    assert compose_kept(first, second) == {"a": (1, (2, 7)), "b": (1, (3,)), "c": (0, (4, 6))}
-    data = np.arange(10)
-    assert (data[[0, 2, 5, 7]][[1, 3]] == data[list(compose_kept(first, second)["a"][1])]).all()
-
-
-def test_kept_maps_of_two_axes_do_not_compose() -> None:
-    with pytest.raises(OnnxCompressError, match="'a' was cut along axis 1 and then along axis 0"):
-        compose_kept({"a": (1, (0,))}, {"a": (0, (0,))})
-
-
 def test_a_pipeline_composes_kept_maps() -> None:
     class KeepFour(RemoveFirst):
         name: ClassVar[str] = "keep_four"
 
-        def kept(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-            return {"t": (1, (1, 3, 5, 7))}
+        def apply(self, graph: Graph, context: Context) -> Iterator[Change | Cut]:
+            yield from super().apply(graph, context)
+            yield Cut("t", 1, (1, 3, 5, 7))
 
     class KeepTwo(RemoveFirst):
         name: ClassVar[str] = "keep_two"
 
-        def kept(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-            return {"t": (1, (0, 2))}
+        def apply(self, graph: Graph, context: Context) -> Iterator[Change | Cut]:
+            yield from super().apply(graph, context)
+            yield Cut("t", 1, (0, 2))
+            yield Cut("t", 2, (3,))
 
-    assert Pipeline([KeepFour(), RemoveFirst(), KeepTwo()])(chain()).kept == {"t": (1, (1, 5))}
+    pipeline = Pipeline([KeepFour(), RemoveFirst(), KeepTwo()])
+    assert pipeline(chain()).kept == {"t": {1: (1, 5), 2: (3,)}}
+    assert [item for item in pipeline.apply(chain(), Context()) if isinstance(item, Cut)] == [
+        Cut("t", 1, (1, 5)),
+        Cut("t", 2, (3,)),
+    ]
