@@ -180,16 +180,16 @@ def _encoder() -> Any:
 
 
 def randomise(model: Any) -> None:
-    """Give every normalisation statistics and scales of its own."""
+    """Give what is constant at the start, and so has no effect, values of its own."""
     import torch
 
     for module in model.modules():
         for name, low, high in (("running_var", 0.5, 1.5), ("running_mean", -0.3, 0.3)):
             if getattr(module, name, None) is not None:
                 getattr(module, name).uniform_(low, high)
-        if "Norm" in type(module).__name__:
-            for parameter in module.parameters(recurse=False):
-                with torch.no_grad():
+        for parameter in module.parameters(recurse=False):
+            with torch.no_grad():
+                if parameter.numel() and (parameter.max() - parameter.min()) < 1e-6:
                     parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3))
 
 
@@ -242,11 +242,13 @@ def check_file(path: Path, verbose: bool) -> dict[str, Any]:
     from onnxcompress.passes.fold_constants import FoldConstants
     from onnxcompress.proto import to_proto
     from onnxcompress.pruning.coupling import couple
+    from onnxcompress.pruning.prepare import unshare_vectors
     from onnxcompress.pruning.surgery import masked, remove_channels
 
     row: dict[str, Any] = {"model": path.name.removesuffix(".onnx"), "passed": False}
     try:
         graph = EliminateDeadNodes()(FoldConstants()(load(path)).graph).graph
+        unshare_vectors(graph)
         start = time.perf_counter()
         coupling = couple(graph)
         row["seconds"] = round(time.perf_counter() - start, 3)

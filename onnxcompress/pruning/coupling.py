@@ -178,16 +178,26 @@ class _Assembly:
                 continue  # part of an input, or of a constant: no candidate
             tensor = first_use[number].tensor
             names[tensor] += 1
+            members_of = tuple(self._member(place, roots) for place in members[number])
+            pinned = labels.reason(reason) if reason >= 0 else self._whole_axis(roots, members_of)
             yield CouplingGroup(
                 name=tensor if names[tensor] == 1 else f"{tensor}#{names[tensor]}",
                 kind=self._kind(roots[0], makers),
                 channels=len(roots),
-                members=tuple(self._member(place, roots) for place in members[number]),
+                members=members_of,
                 producers=tuple(makers),
                 consumers=tuple(dict.fromkeys(u.node for u in consumers.get(number, ()))),
                 passing=tuple(dict.fromkeys(u.node for u in passing.get(number, ()))),
-                pinned=labels.reason(reason) if reason >= 0 else None,
+                pinned=pinned,
             )
+
+    def _whole_axis(self, channels: Sequence[int], members: Sequence[Member]) -> str | None:
+        """A single channel that fills an axis cannot go."""
+        if len(channels) == 1:
+            for member in members:
+                if (member.channel_of == 0).all():
+                    return f"all of axis {member.axis} of {member.tensor!r} goes together"
+        return None
 
     def _member(self, place: tuple[str, int], channels: Sequence[int]) -> Member:
         own = np.array(channels, np.int64)

@@ -161,11 +161,12 @@ class _Surgery:
         self.old = self._old_lengths()
         permutations = {p.nodes[2]: p for p in self.coupling.permutations}
         replaced: list[gs.Node] = []
-        for node in list(self.graph.nodes):
+        given = list(self.graph.nodes)  # what surgery adds is right already
+        for node in given:
             if node.name in permutations:
                 replaced += self._permute(node, permutations[node.name])
         skipped = {id(node) for node in replaced}
-        for node in self.graph.nodes:
+        for node in given:
             rewrite = _REWRITES.get(node.op)
             if rewrite is not None and id(node) not in skipped and self._touches(node):
                 rewrite(self, node)
