@@ -35,6 +35,7 @@ from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass
 from onnxcompress.errors import ModelError
 from onnxcompress.graph import Graph, Names, attribute, constant_value, copy_graph
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
+from onnxcompress.patches import conv_pads, output_sizes, unfold
 from onnxcompress.quantization.layerwise import (
     Layer,
     Lockstep,
@@ -407,49 +408,20 @@ class Patches:
         strides = attribute(node, "strides", [1] * len(kernel))
         dilations = attribute(node, "dilations", [1] * len(kernel))
         spatial = inputs.shape[2:]
-        pads = _pads(node, spatial, kernel, strides, dilations)
+        pads = conv_pads(node, spatial, kernel, strides, dilations)
         padded = np.pad(inputs, [(0, 0), (0, 0), *pads])
-        sizes = [
-            (size - (k - 1) * d - 1) // s + 1
-            for size, k, s, d in zip(padded.shape[2:], kernel, strides, dilations, strict=True)
-        ]
+        sizes = output_sizes(padded.shape[2:], kernel, strides, dilations)
         if expected.shape != (len(inputs), self.layer.channels, *sizes):
             return mismatch(np.empty((len(inputs), self.layer.channels, *sizes)), expected) or "its shapes do not fit"
         positions = np.arange(prod(sizes))
         if self._positions < len(positions):
             positions = np.sort(self._generator.choice(len(positions), self._positions, replace=False))
-        # Index of each tap of each position in the flattened padded image: [columns / channels, positions].
-        where = np.zeros((1, len(positions)), np.int64)
-        taps = np.unravel_index(positions, sizes)
-        for axis, (k, d, s) in enumerate(zip(kernel, dilations, strides, strict=True)):
-            along = taps[axis] * s + (np.arange(k) * d)[:, None]
-            where = (where[:, None] * padded.shape[2 + axis] + along).reshape(-1, len(positions))
-        batch, channels = inputs.shape[:2]
-        # All samples side by side, so that one gather gives the columns as they are needed.
-        flat = padded.swapaxes(0, 1).reshape(channels, -1)
-        where = (where[:, None] + (np.arange(batch) * (flat.shape[1] // max(batch, 1)))[:, None]).reshape(
-            len(where), -1
-        )
-        columns = flat[:, where].reshape(self.groups, channels // self.groups * len(where), -1)
+        columns = unfold(padded, self.groups, kernel, strides, dilations, positions)
+        batch = len(inputs)
         chosen = expected.reshape(batch, self.groups, -1, prod(sizes))
         if self._positions < prod(sizes):
             chosen = chosen[..., positions]
         return columns, np.moveaxis(chosen, 0, 2).reshape(self.groups, chosen.shape[2], -1)
-
-
-def _pads(node: Any, spatial: tuple[int, ...], kernel: Any, strides: Any, dilations: Any) -> list[tuple[int, int]]:
-    """Padding before and after, per spatial axis, as the operator's attributes say."""
-    rank = len(kernel)
-    mode = attribute(node, "auto_pad", "NOTSET")
-    if mode in ("SAME_UPPER", "SAME_LOWER"):
-        pads = []
-        for size, k, s, d in zip(spatial, kernel, strides, dilations, strict=True):
-            total = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
-            less, more = total // 2, total - total // 2
-            pads.append((less, more) if mode == "SAME_UPPER" else (more, less))
-        return pads
-    given = attribute(node, "pads", [0] * (2 * rank)) if mode == "NOTSET" else [0] * (2 * rank)
-    return list(zip(given[:rank], given[rank:], strict=True))
 
 
 class Moments:

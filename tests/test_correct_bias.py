@@ -14,13 +14,14 @@ from onnxcompress.base import Context, PassResult
 from onnxcompress.data import open_data
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, Names, copy_graph, input_specs
+from onnxcompress.lockstep import Advance, samples_that_fit, split_samples
 from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.proto import from_proto, to_proto
 from onnxcompress.quantization.affine import MAX_BIAS
 from onnxcompress.quantization.audit import audit
-from onnxcompress.quantization.layerwise import Advance, find_layers, samples_that_fit, split_samples
+from onnxcompress.quantization.layerwise import find_layers
 from onnxcompress.session import Session
 from onnxcompress.targets import CPU
 
@@ -313,7 +314,7 @@ def test_the_number_of_samples_is_bounded_by_memory(monkeypatch: pytest.MonkeyPa
     assert context.data is not None
     plans = [(graph, [["c0"], ["c2"]])]
     assert samples_that_fit(plans, context.data) >= 48
-    monkeypatch.setattr("onnxcompress.quantization.layerwise.MEMORY", 20_000)
+    monkeypatch.setattr("onnxcompress.lockstep.MEMORY", 20_000)
     most = samples_that_fit(plans, context.data)
     assert 1 <= most < 48
     student = InsertQdq()(graph, context).graph

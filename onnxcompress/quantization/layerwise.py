@@ -1,20 +1,13 @@
 """Teacher and student side by side: pairs of tensors, layer by layer, with every earlier change in effect.
 
 The student is a graph that :class:`~onnxcompress.passes.insert_qdq.InsertQdq` wrote, the teacher the float graph that
-it was made from. A pass that mends the student one layer after the other needs, for each layer, what the student
-computes *after* all earlier layers were mended. Running the whole network once more for each layer would be quadratic.
-Here both networks advance in lockstep: :class:`Advance` keeps, for each batch, only the tensors that nodes still to
-come read, and runs the piece of the graph up to the next layer. All layers together then cost one run of each network.
-
-What lies between two pieces is held in memory, so the number of samples is bounded (:func:`samples_that_fit`);
-dequantised tensors are held as the integers that they come from.
+it was made from. Both advance in lockstep (:mod:`onnxcompress.lockstep`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import log10
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,16 +15,14 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxcompress.base import Change, Detail, Refusal
-from onnxcompress.errors import DataError, ModelError, UsageError
+from onnxcompress.errors import UsageError
 from onnxcompress.graph import (
     Graph,
-    ModelInfo,
     Names,
     attribute,
     constant_value,
     copy_graph,
     graph_output_ids,
-    model_info,
     nested_graphs,
     normal_domain,
     replace_contents,
@@ -39,45 +30,29 @@ from onnxcompress.graph import (
     walk_graphs,
     walk_nodes,
 )
+from onnxcompress.lockstep import Advance, Judge, decibels, samples_that_fit, split_samples
 from onnxcompress.quantization.affine import MAX_BIAS
-from onnxcompress.session import Optimization, Session
-from onnxcompress.verify import compare
 
 if TYPE_CHECKING:
     from onnxcompress.base import Context
     from onnxcompress.data import Dataset
 
 __all__ = [
-    "Advance",
-    "Judge",
     "Layer",
     "Lockstep",
     "Mended",
-    "Samples",
-    "decibels",
     "find_layers",
     "keep_best",
     "mend",
     "mismatch",
     "require_teacher",
-    "samples_that_fit",
     "settle",
-    "split_samples",
     "unlike",
 ]
 
 Array = NDArray[Any]
 
-#: bytes of activations that both networks together may hold between two pieces
-MEMORY = 512 * 2**20
-#: one of this many samples is held out
-HELD_OUT = 4
-#: fewer held-out samples do not judge outputs
-FEW = 32
-
 _LAYERS = ("Conv", "Gemm", "MatMul")
-#: computed again wherever they are read: cheap, and their input is a quarter of the size
-_AGAIN = ("DequantizeLinear", "Constant")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -453,254 +428,7 @@ def _read_only(array: Array) -> Array:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Samples
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Batches to learn from and batches to judge by.
-
-    ``overlap`` is True where there are too few samples to hold any out, so that both are the same.
-    """
-
-    train: Dataset
-    held_out: Dataset
-    whole: Dataset
-    overlap: bool = False
-
-    @property
-    def judging(self) -> Dataset:
-        """What the model's outputs are judged by: the held-out samples, or all where those are few.
-
-        The outputs' error differs so much from sample to sample that a handful says less than samples which were
-        learned from, layer by layer and with a ridge.
-        """
-        return self.held_out if self.held_out.samples >= FEW else self.whole
-
-    def feeds(self) -> list[tuple[dict[str, Array], bool]]:
-        """(feeds, held out?) of all batches, in memory; with ``overlap`` each batch comes once for either use."""
-        parts = [(self.train, False), (self.held_out, True)]
-        return [(dict(batch.feeds), held) for data, held in parts for batch in data]
-
-
-def split_samples(data: Dataset, seed: int, limit: int) -> Samples:
-    """At most ``limit`` samples spread evenly over ``data``, one of :data:`HELD_OUT` held out."""
-    limit = max(limit, 1)
-    if limit < data.samples:
-        try:
-            data = data.split(limit / data.samples, seed)[1]
-        except DataError:
-            data = data.take(limit)
-    try:
-        train, held_out = data.split(1 / HELD_OUT, seed)
-    except DataError:
-        return Samples(data, data, data, overlap=True)
-    return Samples(train, held_out, data)
-
-
-def samples_that_fit(plans: Sequence[tuple[Graph, Sequence[Sequence[str]]]], data: Dataset) -> int:
-    """Samples of ``data`` whose activations between two pieces fit into :data:`MEMORY`.
-
-    Runs each graph once on one sample (or the batch that the model demands).
-
-    Args:
-        plans: per graph, what :class:`Advance` is going to be asked for.
-        data: the samples.
-
-    Raises:
-        ModelError: a value is no tensor of numbers, so that nothing can be kept between two pieces.
-    """
-    batch = data.take(data.fixed_batch or 1).first()
-    peak = 1
-    for graph, schedule in plans:
-        peak += _peak_bytes(graph, schedule, batch.feeds)
-    return max(batch.samples, MEMORY * batch.samples // peak)
-
-
-def _peak_bytes(graph: Graph, schedule: Sequence[Sequence[str]], feeds: Mapping[str, Array]) -> int:
-    advance = Advance(graph, [dict(feeds)], schedule, threads=1)
-    peak = advance.held_bytes()
-    for _ in schedule:
-        list(advance.step())
-        peak = max(peak, advance.held_bytes())
-    return peak
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Running in pieces
-
-
-class Advance:
-    """Runs a graph piece by piece over batches that stay in memory.
-
-    ::
-
-        advance = Advance(graph, feeds, [["a"], ["b"]])
-        for batch in advance.step(): ...     # {"a": ...} of every batch
-        for batch in advance.step(): ...     # {"b": ...}; nodes before "a" do not run again
-
-    Between two steps the constants of nodes that have not run may be changed.
-
-    Args:
-        graph: a sorted graph; its constants may change while it advances.
-        feeds: {input name: array} of every batch.
-        schedule: per step, the tensors of the outermost graph that are asked for.
-        optimization: the runtime's level for every piece.
-        threads: intra-op threads; 0: the runtime's choice.
-    """
-
-    def __init__(
-        self,
-        graph: Graph,
-        feeds: Sequence[Mapping[str, Array]],
-        schedule: Sequence[Sequence[str]],
-        *,
-        optimization: Optimization = "disabled",
-        threads: int = 0,
-    ) -> None:
-        self._graph = graph
-        self._schedule = [tuple(names) for names in schedule]
-        self._optimization = optimization
-        self._threads = threads
-        self._next = 0
-        self._done: set[int] = set()
-        defaults = {name: constant_value(c) for name, c in model_info(graph).defaults.items()}
-        self._states: list[dict[str, Array]] = []
-        inputs = [t.name for t in graph.inputs]
-        for given in feeds:
-            state = {name: given.get(name, defaults.get(name)) for name in inputs}
-            self._states.append({name: value for name, value in state.items() if value is not None})
-        self._stored = {name for state in self._states for name in state}
-        self._producers: dict[str, gs.Node] = {}
-
-    def held_bytes(self) -> int:
-        """Bytes of all tensors that are held now."""
-        return sum(value.nbytes for state in self._states for value in state.values())
-
-    def shift(self, name: str, amount: NDArray[np.float64], axis: int) -> None:
-        """Add one value a position along ``axis`` to tensor ``name``, where it is still needed."""
-        for state in self._states:
-            if name in state:
-                value = state[name]
-                shape = [-1 if i == axis % value.ndim else 1 for i in range(value.ndim)]
-                state[name] = value + amount.astype(value.dtype).reshape(shape)
-
-    def step(self) -> Iterator[dict[str, Array]]:
-        """Run up to the next step of the schedule; yields what it asks for, batch by batch.
-
-        Raises:
-            ModelError: a value is no tensor of numbers.
-        """
-        wanted = self._schedule[self._next]
-        self._next += 1
-        self._producers = {t.name: node for node in self._graph.nodes for t in node.outputs if t.name}
-        nodes, inputs = self._piece(wanted)
-        self._done.update(id(node) for node in nodes if node.op not in _AGAIN)
-        live = self._live()
-        made = {t.name for node in nodes if node.op not in _AGAIN for t in node.outputs if t.name}
-        fetch = list(dict.fromkeys([*(n for n in wanted if n not in self._stored), *sorted(live & made)]))
-        session = self._session(nodes, inputs, fetch) if nodes else None
-        self._stored = live & (self._stored | made)
-        for state in self._states:
-            values = session.run(state, fetch) if session is not None else {}
-            for name, value in values.items():
-                if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
-                    raise ModelError(f"tensor {name!r} is no tensor of numbers; the model cannot be run in pieces")
-            answer = {name: values[name] if name in values else state[name] for name in wanted}
-            for name in [n for n in state if n not in live]:
-                del state[name]
-            state.update((name, values[name]) for name in live & made)
-            yield answer
-
-    def _reads(self, node: gs.Node) -> Iterator[str]:
-        yield from (t.name for t in node.inputs if t.name and not isinstance(t, gs.Constant))
-        for part in nested_graphs(node):
-            for inner in walk_nodes(part):
-                yield from (t.name for t in inner.inputs if t.name in self._producers or t.name in self._stored)
-            for nested in walk_graphs(part):
-                yield from (t.name for t in nested.outputs if t.name in self._producers or t.name in self._stored)
-
-    def _piece(self, wanted: Sequence[str]) -> tuple[list[gs.Node], list[str]]:
-        """Nodes that have to run for ``wanted``, in order, and the held tensors that they read."""
-        nodes: dict[int, gs.Node] = {}
-        inputs: dict[str, None] = {}
-        stack = [name for name in wanted if name not in self._stored]
-        seen: set[str] = set()
-        while stack:
-            name = stack.pop()
-            if name in seen:
-                continue
-            seen.add(name)
-            if name in self._stored:
-                inputs[name] = None
-                continue
-            node = self._producers.get(name)
-            if node is not None and id(node) not in nodes:
-                nodes[id(node)] = node
-                stack.extend(self._reads(node))
-        return [node for node in self._graph.nodes if id(node) in nodes], sorted(inputs)
-
-    def _live(self) -> set[str]:
-        """Tensors that steps to come need and that are, or were, computed by now."""
-        live: set[str] = set()
-        seen: set[str] = set()
-        stack = [name for names in self._schedule[self._next :] for name in names]
-        while stack:
-            name = stack.pop()
-            if name in seen:
-                continue
-            seen.add(name)
-            node = self._producers.get(name)
-            if node is None or id(node) in self._done:
-                live.add(name)
-            else:
-                stack.extend(self._reads(node))
-        return live
-
-    def _session(self, nodes: list[gs.Node], inputs: Sequence[str], fetch: Sequence[str]) -> Session:
-        example = self._states[0]
-        whole = self._graph
-        tensors = {t.name: t for node in nodes for t in node.outputs if t.name}
-        piece = gs.Graph(
-            nodes=nodes,
-            inputs=[gs.Variable(name, example[name].dtype, [None] * example[name].ndim) for name in inputs],
-            outputs=[tensors[name] for name in fetch],
-            name="piece",
-            opset=whole.opset,
-            import_domains=whole.import_domains,
-            functions=list(whole.functions),
-            ir_version=whole.ir_version,
-        )
-        piece.__dict__["onnxcompress_info"] = ModelInfo(initializer_order=model_info(whole).initializer_order)
-        sort_nodes(piece)
-        # Between short runs spinning threads would only take the processor away from the matrices of the passes.
-        config = {"session.intra_op.allow_spinning": "0"}
-        return Session(piece, optimization=self._optimization, threads=self._threads, config=config)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Judging
-
-
-class Judge:
-    """The error of a student's outputs against the teacher's, over the same samples every time."""
-
-    def __init__(self, teacher: Graph, data: Dataset, threads: int = 0) -> None:
-        self._teacher = Session(teacher, optimization="disabled", threads=threads)
-        self._data = data
-        self._threads = threads
-
-    def error(self, student: Graph) -> float:
-        """Mean over the floating-point outputs of ||a - b||^2 / ||a||^2; infinite where one is not finite."""
-        session = Session(student, optimization="disabled", threads=self._threads)
-        found = compare(self._teacher.run, session.run, self._data)
-        errors = [o.relative_l2**2 for o in found if o.equal_elements is None]
-        return float(np.mean(errors)) if errors else 0.0
-
-
-def decibels(error: float) -> float:
-    """A relative squared error as a signal-to-noise ratio in dB; infinite where there is no error."""
-    return float("inf") if error <= 0 else -10 * log10(error)
 
 
 @dataclass(frozen=True)
