@@ -17,9 +17,13 @@ from numpy.typing import NDArray
 
 from onnxcompress.graph import attribute
 
-__all__ = ["conv_pads", "output_sizes", "spread_out", "unfold"]
+__all__ = ["Moments", "conv_pads", "output_sizes", "spread_out", "unfold"]
 
 Array = NDArray[Any]
+Floats = NDArray[np.float64]
+
+#: error of the sums of float32 products, relative to the mean input power
+_PRODUCT_ERROR = 1e-4
 
 
 def conv_pads(
@@ -114,3 +118,63 @@ def unfold(
     per_group = channels // groups
     cut = cut.reshape(batch, groups, per_group * len(where), len(positions))
     return np.moveaxis(cut, 0, 2).reshape(groups, per_group * len(where), -1)
+
+
+class Moments:
+    """Sums over rows that say, for any change of the weights, what the layer's error becomes.
+
+    They are kept about the student as it is: of the residual ``D`` between what the layer should give and what it
+    gives, and of its inputs ``X``. So small errors are not found as differences of large numbers. Products of one batch
+    are float32, sums over batches float64.
+
+    Args:
+        weight: of the student, float32 [groups, filters, columns].
+        bias: float32 [groups, filters].
+    """
+
+    def __init__(self, weight: Array, bias: Array) -> None:
+        self._weight, self._bias = weight, bias
+        groups, filters, columns = self._weight.shape
+        self.count = 0
+        self.gram = np.zeros((groups, columns, columns))
+        self.inputs = np.zeros((groups, columns))
+        self.cross = np.zeros((groups, filters, columns))
+        self.residual = np.zeros((groups, filters))
+        self.squares = np.zeros((groups, filters))
+        self.signal = 0.0
+
+    def add(self, columns: Array, aim: Array) -> None:
+        """Take in some rows: [groups, columns, rows] and [groups, filters, rows]."""
+        residual = aim - self._weight @ columns - self._bias[:, :, None]
+        self.count += columns.shape[2]
+        self.gram += columns @ columns.swapaxes(1, 2)
+        self.cross += residual @ columns.swapaxes(1, 2)
+        self.inputs += columns.sum(axis=2, dtype=np.float64)
+        self.residual += residual.sum(axis=2, dtype=np.float64)
+        self.squares += np.einsum("gij,gij->gi", residual, residual, dtype=np.float64)
+        self.signal += float(np.einsum("gij,gij->", aim, aim, dtype=np.float64))
+
+    def normal_equations(self, *, centred: bool) -> tuple[Floats, Floats]:
+        """(X X', D X') a row, about the means where the bias is free."""
+        gram, cross = self.gram / self.count, self.cross / self.count
+        if centred:
+            inputs, residual = self.inputs / self.count, self.residual / self.count
+            # Products are float32: where inputs hardly vary, what is left about their means is rounding error.
+            noise = _PRODUCT_ERROR * np.trace(gram, axis1=1, axis2=2) / gram.shape[1]
+            gram = gram + noise[:, None, None] * np.eye(gram.shape[1])
+            gram = gram - inputs[:, :, None] * inputs[:, None, :]
+            cross = cross - residual[:, :, None] * inputs[:, None, :]
+        return gram, cross
+
+    def best_shift(self, change: Floats) -> Floats:
+        """The change of the bias, [groups, filters], that goes best with ``change`` of the weights."""
+        shift: Floats = (self.residual - np.einsum("gij,gj->gi", change, self.inputs)) / self.count
+        return shift
+
+    def relative(self, change: Floats, shift: Floats | float) -> float:
+        """Squared error over squared signal if weights were changed by ``change`` and biases by ``shift``."""
+        error = self.squares - 2 * np.einsum("gij,gij->gi", change, self.cross)
+        error = error + np.einsum("gij,gij->gi", change @ self.gram, change)
+        error = error - 2 * shift * (self.residual - np.einsum("gij,gj->gi", change, self.inputs))
+        error = error + self.count * np.square(shift)
+        return max(float(error.sum()), 0.0) / self.signal

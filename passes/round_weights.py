@@ -35,6 +35,7 @@ from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass
 from onnxcompress.errors import ModelError
 from onnxcompress.graph import Graph, Names, attribute, constant_value, copy_graph
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
+from onnxcompress.patches import Moments as RowMoments
 from onnxcompress.patches import conv_pads, output_sizes, unfold
 from onnxcompress.quantization.layerwise import (
     Layer,
@@ -76,8 +77,6 @@ _SWEEPS = 2
 _BLOCK = 32
 #: ridge of the Gram matrix that rounding errors are spread by, relative to the mean input power
 _DAMPING = 0.003
-#: error of the sums of float32 products, relative to the mean input power
-_PRODUCT_ERROR = 1e-4
 #: integers that differ more from the float weight, relative to its norm, do not come from it
 _SAME_WEIGHT = 0.3
 
@@ -424,28 +423,14 @@ class Patches:
         return columns, np.moveaxis(chosen, 0, 2).reshape(self.groups, chosen.shape[2], -1)
 
 
-class Moments:
-    """Sums over rows that say, for any change of the weights, what the layer's error becomes.
+class Moments(RowMoments):
+    """The sums for one layer, from its inputs and what it should give."""
 
-    They are kept about the student as it is: of the residual ``D`` between what the layer should give and what it
-    gives, and of its inputs ``X``. So small errors are not found as differences of large numbers. Products of one batch
-    are float32, sums over batches float64.
-    """
-
-    def __init__(self, patches: Patches) -> None:
-        self.patches = patches
-        layer = patches.layer
-        scale = patches.per_filter(layer.scale)
-        self._weight = patches.filters(layer.integers).astype(np.float32) * scale[:, :, None]
-        self._bias = patches.per_filter(layer.bias().astype(np.float32))
-        groups, filters, columns = self._weight.shape
-        self.count = 0
-        self.gram = np.zeros((groups, columns, columns))
-        self.inputs = np.zeros((groups, columns))
-        self.cross = np.zeros((groups, filters, columns))
-        self.residual = np.zeros((groups, filters))
-        self.squares = np.zeros((groups, filters))
-        self.signal = 0.0
+    def __init__(self, layout: Patches) -> None:
+        self.patches = layout
+        layer = layout.layer
+        weight = layout.filters(layer.integers).astype(np.float32) * layout.per_filter(layer.scale)[:, :, None]
+        super().__init__(weight, layout.per_filter(layer.bias().astype(np.float32)))
         self._mismatch: str | None = None
 
     def update(self, inputs: Array, expected: Array) -> None:
@@ -453,43 +438,10 @@ class Moments:
         rows = self.patches.rows(inputs, expected) if self._mismatch is None else self._mismatch
         if isinstance(rows, str):
             self._mismatch = rows
-            return
-        columns, aim = rows
-        residual = aim - self._weight @ columns - self._bias[:, :, None]
-        self.count += columns.shape[2]
-        self.gram += columns @ columns.swapaxes(1, 2)
-        self.cross += residual @ columns.swapaxes(1, 2)
-        self.inputs += columns.sum(axis=2, dtype=np.float64)
-        self.residual += residual.sum(axis=2, dtype=np.float64)
-        self.squares += np.einsum("gij,gij->gi", residual, residual, dtype=np.float64)
-        self.signal += float(np.einsum("gij,gij->", aim, aim, dtype=np.float64))
+        else:
+            self.add(*rows)
 
     @property
     def reason(self) -> str | None:
         """Why nothing can be learned from these rows; None where it can."""
         return self._mismatch or unlike(float(self.squares.sum()), self.signal)
-
-    def normal_equations(self, *, centred: bool) -> tuple[Floats, Floats]:
-        """(X X', D X') a row, about the means where the bias is free."""
-        gram, cross = self.gram / self.count, self.cross / self.count
-        if centred:
-            inputs, residual = self.inputs / self.count, self.residual / self.count
-            # Products are float32: where inputs hardly vary, what is left about their means is rounding error.
-            noise = _PRODUCT_ERROR * np.trace(gram, axis1=1, axis2=2) / gram.shape[1]
-            gram = gram + noise[:, None, None] * np.eye(gram.shape[1])
-            gram = gram - inputs[:, :, None] * inputs[:, None, :]
-            cross = cross - residual[:, :, None] * inputs[:, None, :]
-        return gram, cross
-
-    def best_shift(self, change: Floats) -> Floats:
-        """The change of the bias, [groups, filters], that goes best with ``change`` of the weights."""
-        shift: Floats = (self.residual - np.einsum("gij,gj->gi", change, self.inputs)) / self.count
-        return shift
-
-    def relative(self, change: Floats, shift: Floats | float) -> float:
-        """Squared error over squared signal if weights were changed by ``change`` and biases by ``shift``."""
-        error = self.squares - 2 * np.einsum("gij,gij->gi", change, self.cross)
-        error = error + np.einsum("gij,gij->gi", change @ self.gram, change)
-        error = error - 2 * shift * (self.residual - np.einsum("gij,gj->gi", change, self.inputs))
-        error = error + self.count * np.square(shift)
-        return max(float(error.sum()), 0.0) / self.signal
