@@ -211,6 +211,19 @@ class Advance:
             state.update((name, values[name]) for name in live & made)
             yield answer
 
+    def peek(self, wanted: Sequence[str]) -> Iterator[dict[str, Array]]:
+        """Run from where the graph stands to tensors that steps to come ask for, and stay there.
+
+        So the effect of other constants in nodes that have not run can be tried.
+        """
+        self._producers = {t.name: node for node in self._graph.nodes for t in node.outputs if t.name}
+        nodes, inputs = self._piece(wanted)
+        fetch = [name for name in dict.fromkeys(wanted) if name not in self._stored]
+        session = self._session(nodes, inputs, fetch) if nodes else None
+        for state in self._states:
+            values = session.run(state, fetch) if session is not None else {}
+            yield {name: values[name] if name in values else state[name] for name in wanted}
+
     def _reads(self, node: gs.Node) -> Iterator[str]:
         yield from (t.name for t in node.inputs if t.name and not isinstance(t, gs.Constant))
         for part in nested_graphs(node):

@@ -4,7 +4,8 @@ A criterion answers with a removal order and the error after each removal, so th
 be shared out among all of them (:mod:`onnxcompress.pruning.allocation`):
 
 - ``l1``, ``l2``: norm of the weights that make a channel (Li et al., "Pruning Filters for Efficient ConvNets", 2017)
-- ``fpgm``: distance of a channel's weights to those of all others (He et al., "Filter Pruning via Geometric Median", 2019)
+- ``fpgm``: distance of a channel's weights to those of all others (He et al., "Filter Pruning via Geometric
+  Median", 2019)
 - ``batch_norm``: scale of the BatchNormalization that a channel goes through, read before it is folded (Liu et al.,
   "Network Slimming", 2017)
 - ``activation``: norm of the weights that read a channel times the size of what they read (Sun et al., "A Simple and
@@ -135,8 +136,9 @@ def scores(
     if not found:
         return None
     stacked = np.stack([values / max(float(values.mean()), 1e-300) for values in found])
-    combined: Floats = {"mean": stacked.mean, "sum": stacked.sum, "max": stacked.max}[combine](axis=0)
-    return combined
+    if combine == "max":
+        return np.asarray(stacked.max(axis=0))
+    return np.asarray(stacked.sum(axis=0) / (len(stacked) if combine == "mean" else 1))
 
 
 def _node_scores(
@@ -181,7 +183,7 @@ def weight_axis(node: gs.Node, rank: int, *, reading: bool) -> int:
 def _by_channel(values: Floats, channel_of: Ints, channels: int) -> Floats:
     """Sums of ``values`` over the positions of each channel."""
     known = channel_of >= 0
-    return np.bincount(channel_of[known], values[known], channels)
+    return np.asarray(np.bincount(channel_of[known], values[known], channels), np.float64)
 
 
 def _distances(rows: Floats, channel_of: Ints, channels: int) -> Floats:

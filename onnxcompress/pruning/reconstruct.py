@@ -40,8 +40,8 @@ __all__ = ["Kept", "Recovered", "Recovery", "Step", "recover"]
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 Feeds = dict[str, Array]
-#: {tensor: (axis, positions that are left)}
-Kept = Mapping[str, tuple[int, NDArray[np.int64]]]
+#: {tensor: {axis: positions that are left}}
+Kept = Mapping[str, Mapping[int, NDArray[np.int64]]]
 Method = Literal["weights", "bias"]
 
 #: rows that are sampled for one layer, at most, and the bytes that its columns may take
@@ -113,7 +113,7 @@ def recover(student: Graph, teacher: Graph, kept: Kept, data: Dataset, options: 
     Args:
         student: the pruned graph; tensors that survived carry the teacher's names.
         teacher: the graph that it was cut from.
-        kept: for each tensor that lost positions, the axis and what is left of it.
+        kept: for each tensor that lost positions, what is left of each axis.
         data: calibration samples.
         options: how.
 
@@ -261,13 +261,14 @@ class _Rows:
         self.aims: dict[bool, list[Array]] = {False: [], True: []}
         self.error = self.signal = 0.0
 
-    def add(self, found: Mapping[str, Array], aim: Array, left: Any, held: bool) -> str | None:
+    def add(
+        self, found: Mapping[str, Array], aim: Array, left: Mapping[int, NDArray[np.int64]] | None, held: bool
+    ) -> str | None:
         """Take rows of one batch; answers why they do not fit, or None."""
         layer = self.layer
-        if left is not None:
-            axis, positions = left
-            if axis >= aim.ndim:
-                return "its output has fewer axes than the original's"
+        for axis, positions in (left or {}).items():
+            if axis >= aim.ndim or (len(positions) and positions[-1] >= aim.shape[axis]):
+                return f"the original's tensor is {list(aim.shape)}, from which no positions can be taken"
             aim = np.take(aim, positions, axis)
         if layer.shortcut is not None:
             shortcut = found[str(layer.shortcut.name)]

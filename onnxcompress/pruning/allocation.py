@@ -1,0 +1,302 @@
+"""How many channels each coupling group loses: one budget, shared out by what the model's outputs lose.
+
+An importance criterion says what a group's readers lose with each removed channel. Comparing these numbers across the
+network misleads: the same relative error costs the outputs little in one place and much in another. So a few removals
+of each group are tried on some samples, with its readers mended, and the error of the outputs is measured
+(:func:`output_effects`); in between it follows the criterion. The budget (multiply-accumulates, parameters or time that
+remain) is then spent greedily, where an output error buys the most (:func:`allocate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxcompress.base import Progress, SilentProgress
+from onnxcompress.errors import UsageError
+from onnxcompress.graph import Graph, Names
+from onnxcompress.lockstep import Advance
+from onnxcompress.pruning.costs import ChannelCosts
+from onnxcompress.pruning.importance import Removal
+
+__all__ = ["Budget", "Curve", "allocate", "judged_outputs", "output_effects", "uniform"]
+
+Array = NDArray[Any]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+#: choices of how many channels of one group go that are compared, at most
+_CHOICES = 96
+#: error of an output that is measured as none
+_TINY = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What the model's outputs lose: ``error[k]`` for ``k`` removed channels, and the numbers ``allowed``, 0 first."""
+
+    error: Floats
+    allowed: Ints
+    #: time that is saved by ``k`` removed channels, as a share of the model's; None where it was not measured
+    saved: Floats | None = None
+
+
+class Budget(Protocol):
+    """What may remain: the share of the model's whole cost that ``counts`` kept channels leave."""
+
+    def remaining(self, counts: Mapping[str, int]) -> float:
+        """Share of the cost that remains; the goal is met at or below the target."""
+        ...
+
+    def slopes(self, counts: Mapping[str, int]) -> Mapping[str, float]:
+        """Share of the cost that one channel less of each group saves."""
+        ...
+
+
+@dataclass(frozen=True)
+class CostBudget:
+    """Multiply-accumulates or parameters."""
+
+    costs: ChannelCosts
+    kind: str = "macs"
+
+    def remaining(self, counts: Mapping[str, int]) -> float:
+        """See :class:`Budget`."""
+        count = self.costs.macs if self.kind == "macs" else self.costs.parameters
+        return count(counts) / max(count(), 1)
+
+    def slopes(self, counts: Mapping[str, int]) -> Mapping[str, float]:
+        """See :class:`Budget`."""
+        macs = self.kind == "macs"
+        slopes = self.costs.macs_per_channel(counts) if macs else self.costs.parameters_per_channel(counts)
+        whole = max(self.costs.macs() if macs else self.costs.parameters(), 1)
+        return {name: slope / whole for name, slope in slopes.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From what readers lose to what the outputs lose
+
+
+def judged_outputs(graph: Graph) -> list[str]:
+    """Floating-point outputs of ``graph``, or what goes into the Softmax or Sigmoid that makes one.
+
+    Probabilities hardly move where the model is sure, so errors in front of them tell more.
+    """
+    names = []
+    for tensor in graph.outputs:
+        makers = tensor.inputs
+        squashed = len(makers) == 1 and makers[0].op in ("Softmax", "LogSoftmax", "Sigmoid")
+        names.append(str(makers[0].inputs[0].name if squashed else tensor.name))
+    return list(dict.fromkeys(names))
+
+
+@dataclass
+class _Errors:
+    """Squared error over squared signal, by output."""
+
+    error: dict[str, float] = field(default_factory=dict)
+    signal: dict[str, float] = field(default_factory=dict)
+
+    def add(self, expected: Mapping[str, Array], found: Mapping[str, Array]) -> None:
+        for name, value in expected.items():
+            if value.dtype.kind != "f":
+                continue
+            away = np.nan_to_num(found[name].astype(np.float64) - value, nan=1e150, posinf=1e150, neginf=-1e150)
+            self.error[name] = self.error.get(name, 0.0) + float(np.square(away).sum())
+            self.signal[name] = self.signal.get(name, 0.0) + float(np.square(value, dtype=np.float64).sum())
+
+    def relative(self) -> float:
+        shares = [self.error[name] / self.signal[name] for name in self.error if self.signal[name] > 0]
+        return float(np.mean(shares)) if shares else 0.0
+
+
+def output_effects(
+    graph: Graph,
+    removals: Sequence[Removal],
+    feeds: Sequence[Mapping[str, Array]],
+    *,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Floats]:
+    """{group: relative squared error of the outputs for 0, 1, ... removed channels}, ``[channels + 1]``.
+
+    Measured where ``removals`` hold mended weights, the other channels staying whole; in between the ratio of output
+    error to the criterion's is interpolated. Groups without mended weights are left out.
+
+    Args:
+        graph: sorted; its weights are changed on the way and put back.
+        removals: of groups of ``graph``, their layers being nodes of it.
+        feeds: few samples; they stay in memory.
+        threads: of the runtime.
+        progress: where to report to.
+    """
+    progress = progress if progress is not None else SilentProgress()
+    place = {id(node): i for i, node in enumerate(graph.nodes)}
+    probed = [removal for removal in removals if removal.mended]
+    firsts = []
+    for removal in probed:
+        layers = [layer for layer, _, _ in next(iter(removal.mended.values()))]
+        firsts.append(min(layers, key=lambda layer: place[id(layer.node)]))
+    order = sorted(range(len(probed)), key=lambda i: place[id(firsts[i].node)])
+    outputs = judged_outputs(graph)
+    schedule = [*([firsts[i].data] for i in order), outputs]
+    advance = Advance(graph, feeds, schedule, threads=threads)
+    expected = list(Advance(graph, feeds, [outputs], threads=threads).step())
+    names = Names(graph)
+    effects: dict[str, Floats] = {}
+    for number in progress.track(order, "measuring effects on the outputs", len(order)):
+        for _ in advance.step():
+            pass
+        removal = probed[number]
+        measured = {}
+        for removed, mended in sorted(removal.mended.items()):
+            before = [(layer, layer.filters(), layer.bias()) for layer, _, _ in mended]
+            _write(mended, names)
+            errors = _Errors()
+            for right, found in zip(expected, advance.peek(outputs), strict=True):
+                errors.add(right, found)
+            measured[removed] = errors.relative()
+            _write(before, names)
+        effects[removal.group] = _interpolated(removal, measured)
+    return effects
+
+
+def _write(layers: Sequence[tuple[Any, Floats, Floats]], names: Names) -> None:
+    for layer, weights, bias in layers:
+        layer.set_filters(weights, names)
+        if layer.bias_node is not None:
+            layer.set_bias(bias, names)
+
+
+def _interpolated(removal: Removal, measured: Mapping[int, float]) -> Floats:
+    """The criterion's curve scaled to what was measured, never falling."""
+    counts = np.array(sorted(measured))
+    own = np.maximum(removal.error, _TINY)
+    ratios = np.log(np.maximum([measured[int(c)] for c in counts], _TINY) / own[counts - 1])
+    every = np.arange(1, removal.channels + 1)
+    curve = own * np.exp(np.interp(every, counts, ratios))
+    return np.concatenate([[0.0], np.maximum.accumulate(curve)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sharing out
+
+
+def allocate(
+    budget: Budget, curves: Mapping[str, Curve], target: float, channels: Mapping[str, int], *, time_weight: float = 0.5
+) -> dict[str, int]:
+    """{group: channels that stay} with ``budget`` at or below ``target`` at the least sum of output errors (greedily).
+
+    Where curves know the time that channels save, a step is judged by both: ``time_weight`` of the time saved and the
+    rest of the cost saved.
+
+    Args:
+        budget: what is to be saved.
+        curves: the groups that may be cut.
+        target: share of the cost that may remain.
+        channels: of every group.
+
+    Raises:
+        UsageError: the target is out of reach.
+    """
+    removed = {name: int(curve.allowed[0]) for name, curve in curves.items()}
+    kept = {**channels, **{name: channels[name] - gone for name, gone in removed.items()}}
+    timed = any(curve.saved is not None for curve in curves.values())
+    weight = time_weight if timed else 0.0
+    choices = {name: _thinned(curve.allowed) for name, curve in curves.items()}
+    remaining = budget.remaining(kept)
+    while remaining > target:
+        slopes = budget.slopes(kept)
+        best: tuple[float, str, int] | None = None
+        for name, curve in curves.items():
+            now = removed[name]
+            ahead = choices[name][choices[name] > now]
+            if not len(ahead) or slopes.get(name, 0.0) <= 0.0:
+                continue
+            gain = (1 - weight) * slopes[name] * (ahead - now)
+            if curve.saved is not None and weight:
+                gain = gain + weight * np.maximum(curve.saved[ahead] - curve.saved[now], 0.0)
+            rates = (curve.error[ahead] - curve.error[now] + _TINY) / np.maximum(gain, 1e-300)
+            pick = int(np.argmin(rates))
+            if best is None or rates[pick] < best[0]:
+                best = float(rates[pick]), name, int(ahead[pick])
+        if best is None:
+            raise UsageError(
+                f"{remaining:.1%} of the cost remain with everything removed that may be, more than the {target:.1%} "
+                "asked for; raise the target, or exclude less"
+            )
+        _, name, goal = best
+        for step in curves[name].allowed[curves[name].allowed > removed[name]]:
+            removed[name] = int(step)
+            kept[name] = channels[name] - int(step)
+            remaining = budget.remaining(kept)
+            if step >= goal or remaining <= target:
+                break
+    _give_back(budget, curves, target, channels, kept)
+    return {name: kept[name] for name in curves}
+
+
+def _thinned(allowed: Ints) -> Ints:
+    if len(allowed) <= _CHOICES:
+        return allowed
+    places = np.unique(np.linspace(0, len(allowed) - 1, _CHOICES).round().astype(np.int64))
+    return np.asarray(allowed[places])
+
+
+def _give_back(
+    budget: Budget, curves: Mapping[str, Curve], target: float, channels: Mapping[str, int], kept: dict[str, int]
+) -> None:
+    """Restore what the last steps took beyond the target, most valuable first."""
+    moved = True
+    while moved:
+        moved = False
+        gains = []
+        for name, curve in curves.items():
+            gone = channels[name] - kept[name]
+            before = curve.allowed[curve.allowed < gone]
+            if len(before):
+                gains.append((float(curve.error[gone] - curve.error[before[-1]]), name, int(before[-1])))
+        slopes = budget.slopes(kept)
+        room = target - budget.remaining(kept)
+        for _, name, back in sorted(gains, key=lambda each: (-each[0], each[1])):
+            added = channels[name] - back - kept[name]
+            if slopes.get(name, 0.0) * added > room:
+                continue
+            trial = {**kept, name: channels[name] - back}
+            if budget.remaining(trial) <= target:
+                kept[name] = channels[name] - back
+                moved = True
+                break
+
+
+def uniform(budget: Budget, curves: Mapping[str, Curve], target: float, channels: Mapping[str, int]) -> dict[str, int]:
+    """The same share of every group, as large as the target allows; {group: channels that stay}.
+
+    Raises:
+        UsageError: the target is out of reach.
+    """
+
+    def at(share: float) -> dict[str, int]:
+        kept = dict(channels)
+        for name, curve in curves.items():
+            wanted = (1 - share) * channels[name]
+            kept[name] = channels[name] - int(curve.allowed[np.abs(curve.allowed - wanted).argmin()])
+        return kept
+
+    if budget.remaining(at(0.0)) > target:
+        raise UsageError(
+            f"{budget.remaining(at(0.0)):.1%} of the cost remain with everything removed that may be, more than the "
+            f"{target:.1%} asked for; raise the target, or exclude less"
+        )
+    low, high = 0.0, 1.0
+    if budget.remaining(at(1.0)) <= target:
+        return {name: channels[name] for name in curves}
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if budget.remaining(at(middle)) <= target else (low, middle)
+    found = at(low)
+    return {name: found[name] for name in curves}
