@@ -467,6 +467,9 @@ def compress(terminal: Terminal, /, model: str, report: str | None, save_recipe:
 @click.argument("model", type=_MODEL)
 @click.option("--target", default="cpu", show_default=True, metavar="NAME", help="What to plan the quantisation for.")
 @click.option(
+    "--coupling", is_flag=True, help="Also list the channels that can be removed together, and why others stay."
+)
+@click.option(
     "--sensitivity", is_flag=True, help="Measure what each layer costs in accuracy once it is quantised; needs --data."
 )
 @_data_options
@@ -477,6 +480,7 @@ def inspect(
     /,
     model: str,
     target: str,
+    coupling: bool,
     sensitivity: bool,
     data: str | None,
     seed: int | None,
@@ -494,7 +498,7 @@ def inspect(
     from onnxcompress.inspect_model import inspect_model, inspect_sensitivity
     from onnxcompress.report import print_inspection, print_sensitivity
 
-    inspection = inspect_model(model, target=target, progress=terminal.progress)
+    inspection = inspect_model(model, target=target, coupling=coupling, progress=terminal.progress)
     report = inspection.to_dict()
     print_inspection(terminal.human, inspection)
     if sensitivity:

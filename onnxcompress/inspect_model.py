@@ -15,6 +15,7 @@ from onnxcompress.io import load, model_bytes
 from onnxcompress.islands import real_types
 from onnxcompress.opset import raise_opset
 from onnxcompress.passes import load_pass
+from onnxcompress.passes.prune_channels import prepare
 from onnxcompress.pipeline import Pipeline
 from onnxcompress.quantization.canonical import to_canonical_form
 from onnxcompress.quantization.gauge import Gauge
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
     from onnxcompress.data import Preprocess
 
 __all__ = [
+    "CoupledChannels",
     "Inspection",
     "NodeInfo",
     "PlannedNode",
     "TensorInfo",
+    "coupled_channels",
     "inspect_model",
     "inspect_sensitivity",
     "plan",
@@ -74,6 +77,23 @@ class PlannedNode:
 
 
 @dataclass(frozen=True)
+class CoupledChannels:
+    """Channels that can only be removed one whole unit at a time, and the nodes that shrink with them.
+
+    ``macs`` are those of all nodes that shrink, as they are. ``pinned`` says why nothing can be removed.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    passing: tuple[str, ...]
+    macs: int
+    pinned: str | None
+
+
+@dataclass(frozen=True)
 class Inspection:
     """A model file: where it comes from, its tensors, its nodes, and what would become integer on ``target``."""
 
@@ -91,6 +111,8 @@ class Inspection:
     nodes: tuple[NodeInfo, ...]
     target: str
     planned: tuple[PlannedNode, ...]
+    #: None where nobody asked
+    coupling: tuple[CoupledChannels, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -98,9 +120,14 @@ class Inspection:
 
 
 def inspect_model(
-    path: str | os.PathLike[str], *, target: str = "cpu", trusted: bool = False, progress: Progress | None = None
+    path: str | os.PathLike[str],
+    *,
+    target: str = "cpu",
+    coupling: bool = False,
+    trusted: bool = False,
+    progress: Progress | None = None,
 ) -> Inspection:
-    """Read the model at ``path`` and describe it.
+    """Read the model at ``path`` and describe it; with ``coupling`` also which channels could be removed together.
 
     Raises:
         ModelError: it is no valid model.
@@ -143,6 +170,17 @@ def inspect_model(
         nodes=nodes,
         target=target,
         planned=plan(graph, target, progress=progress),
+        coupling=coupled_channels(graph) if coupling else None,
+    )
+
+
+def coupled_channels(graph: Graph) -> tuple[CoupledChannels, ...]:
+    """The coupling groups of ``graph`` as ``prune_channels`` sees them: constants and BatchNormalization are folded."""
+    ready = prepare(graph, fold_batch_norm=True)
+    hanging = ready.costs.hanging()
+    return tuple(
+        CoupledChannels(g.name, g.kind, g.channels, g.producers, g.consumers, g.passing, hanging[g.name], g.pinned)
+        for g in ready.coupling.groups
     )
 
 

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from onnxcompress.errors import ModelError
 
-__all__ = ["Kept", "compose_kept", "read_kept", "write_kept"]
+__all__ = ["Kept", "compose_kept", "positions_text", "read_kept", "read_positions", "write_kept"]
 
 #: {tensor: {axis: positions of the original that are left, sorted}}; what is whole is not in it
 Kept: TypeAlias = dict[str, dict[int, tuple[int, ...]]]
@@ -35,7 +35,7 @@ def compose_kept(first: Kept, second: Kept) -> Kept:
 
 def write_kept(kept: Kept) -> str:
     """JSON: ``{"tensor": {"1": "0-5,7,9"}}``; the same map gives the same text."""
-    text = {name: {str(axis): _ranges(indices) for axis, indices in axes.items()} for name, axes in kept.items()}
+    text = {name: {str(axis): positions_text(indices) for axis, indices in axes.items()} for name, axes in kept.items()}
     return json.dumps(text, sort_keys=True, ensure_ascii=False)
 
 
@@ -47,7 +47,7 @@ def read_kept(text: str) -> Kept:
     """
     try:
         data = json.loads(text)
-        return {str(n): {int(axis): _positions(r) for axis, r in axes.items()} for n, axes in data.items()}
+        return {str(n): {int(axis): read_positions(r) for axis, r in axes.items()} for n, axes in data.items()}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(
             f"the metadata 'kept' says what pruning left, but cannot be read: {' '.join(str(error).split())[:100]}; "
@@ -55,14 +55,20 @@ def read_kept(text: str) -> Kept:
         ) from error
 
 
-def _ranges(indices: Iterable[int]) -> str:
+def positions_text(indices: Iterable[int]) -> str:
+    """Sorted positions as text: ``0-5,7,9``."""
     listed = list(indices)
     breaks = [0, *(i for i, (a, b) in enumerate(pairwise(listed), start=1) if b != a + 1), len(listed)]
     runs = [(listed[a], listed[b - 1]) for a, b in pairwise(breaks) if a < b]
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _positions(text: str) -> tuple[int, ...]:
+def read_positions(text: str) -> tuple[int, ...]:
+    """The positions that :func:`positions_text` wrote.
+
+    Raises:
+        ValueError: the text is no such list, or not sorted.
+    """
     found: list[int] = []
     for run in text.split(",") if text else ():
         first, _, last = run.partition("-")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from onnxcompress.base import PassReport, Refusal
     from onnxcompress.benchmark import BenchmarkResult
     from onnxcompress.compress import CompressResult
-    from onnxcompress.inspect_model import Inspection, PlannedNode
+    from onnxcompress.inspect_model import CoupledChannels, Inspection, PlannedNode
     from onnxcompress.islands import TimedIslands
     from onnxcompress.quantization.sensitivity import Sensitivity
     from onnxcompress.verify import OutputComparison
@@ -446,6 +446,43 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
             )
         console.print(nodes)
     print_plan(console, inspection.planned)
+    if inspection.coupling is not None:
+        _print_coupling(console, inspection.coupling, inspection.macs)
+
+
+def _print_coupling(console: Console, groups: Sequence[CoupledChannels], macs: int) -> None:
+    """Groups that can be pruned, then those that cannot, by reason."""
+    table = _table("channels that go together", "kind", "channels", "producers", "consumers", "MACs", "share")
+    for group in groups:
+        if group.pinned is None:
+            table.add_row(
+                printable(group.name),
+                group.kind,
+                str(group.channels),
+                _some(group.producers),
+                _some(group.consumers),
+                _count(group.macs),
+                _share(group.macs, macs),
+            )
+    console.print(table)
+    pinned = [group for group in groups if group.pinned is not None]
+    if pinned:
+        table = _table("channels that stay", "kind", "channels", "producers", "because")
+        for group in pinned:
+            table.add_row(
+                printable(group.name),
+                group.kind,
+                str(group.channels),
+                _some(group.producers),
+                printable(group.pinned or ""),
+            )
+        console.print(table)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first two names and how many there are beside."""
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return printable(", ".join(names[:2])) + more
 
 
 def _symbolic(inspection: Inspection) -> str:

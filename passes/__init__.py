@@ -52,6 +52,11 @@ PASSES: Mapping[str, PassEntry] = MappingProxyType(
             "ArrangeBlocks",
             "Write residual additions and projections of transformers as the runtime is fastest.",
         ),
+        "prune_channels": PassEntry(
+            "onnxcompress.passes.prune_channels",
+            "PruneChannels",
+            "Remove whole channels, neurons and attention heads, and repair what remains.",
+        ),
         "equalize_layers": PassEntry(
             "onnxcompress.passes.equalize_layers",
             "EqualizeLayers",

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["random_model"]
+__all__ = ["random_model", "random_pruning_model"]
 
 Value = tuple[str, tuple[int, ...]]  # name and shape without the batch axis
 
@@ -143,9 +143,149 @@ class _Builder:
         return self.node("Gemm", inputs, (5,), **attrs)
 
 
+class _ChannelBuilder(_Builder):
+    """What moves, mixes, repeats and normalises channels."""
+
+    def shuffle(self, x: Value) -> Value:
+        name, (channels, height, width) = x
+        groups = int(self.rng.choice([2, 3]))
+        if channels % groups:
+            return x
+        split = self.node("Reshape", [name, self.ints(-1, groups, channels // groups, height, width)], x[1])
+        turned = self.node("Transpose", [split[0]], x[1], perm=[0, 2, 1, 3, 4])
+        return self.node("Reshape", [turned[0], self.ints(0, -1, height, width)], x[1])
+
+    def pick(self, x: Value) -> Value:
+        name, (channels, height, width) = x
+        kind = self.rng.choice(["slice", "reverse", "stride", "gather", "split", "pad", "tile"])
+        if kind == "gather":
+            picked = self.rng.integers(-channels, channels, int(self.rng.integers(2, channels + 2)))
+            return self.node("Gather", [name, self.ints(*picked.tolist())], (len(picked), height, width), axis=1)
+        if kind == "pad":
+            before, after = (int(n) for n in self.rng.integers(0, 3, 2))
+            pads = [name, self.ints(0, before, 0, 0, 0, after, 0, 0), self.scalar(float(self.rng.choice([0.0, 0.5])))]
+            return self.node("Pad", pads, (channels + before + after, height, width))
+        if kind == "tile":
+            return self.node("Tile", [name, self.ints(1, 2, 1, 1)], (channels * 2, height, width))
+        if channels < 4:
+            return x
+        if kind == "split":
+            first = channels // 2 - 1
+            names = [self.name("split"), self.name("split")]
+            sizes = self.ints(first, channels - first)
+            self.nodes.append(helper.make_node("Split", [name, sizes], names, name=f"{names[0]}_node", axis=1))
+            return names[1], (channels - first, height, width)
+        bounds = {"slice": (1, channels - 1, 1), "reverse": (-1, -(1 << 30), -1), "stride": (1, 1 << 30, 2)}
+        start, end, step = bounds[str(kind)]
+        inputs = [name, self.ints(start), self.ints(end), self.ints(1), self.ints(step)]
+        window = len(range(channels)[slice(start, None if end < 0 else end, step)])
+        return self.node("Slice", inputs, (window, height, width))
+
+    def normalise(self, x: Value) -> Value:
+        name, shape = x
+        channels = shape[0]
+        kind = self.rng.choice(["batch", "instance", "group", "layer", "prelu", "mean"])
+
+        def parameter(*dims: int) -> str:
+            return self.constant(self.rng.uniform(0.5, 1.5, dims).astype(np.float32))
+
+        if kind == "batch":
+            return self.node("BatchNormalization", [name, *(parameter(channels) for _ in range(4))], shape)
+        if kind == "instance":
+            return self.node("InstanceNormalization", [name, parameter(channels), parameter(channels)], shape)
+        if kind == "group" and channels % 2 == 0:  # as exporters write it
+            rows = self.node("Reshape", [name, self.ints(0, 2, -1)], (2, channels // 2 * shape[1] * shape[2]))
+            rows = self.node("InstanceNormalization", [rows[0], parameter(2), parameter(2)], rows[1])
+            back = self.node("Reshape", [rows[0], self.ints(0, channels, shape[1], shape[2])], shape)
+            return self.node("Mul", [back[0], parameter(channels, 1, 1)], shape)
+        if kind == "layer" and self.rng.random() < 0.3:
+            last = self.node("Transpose", [name], (shape[1], shape[2], channels), perm=[0, 2, 3, 1])
+            normal = self.node("LayerNormalization", [last[0], parameter(channels)], last[1], axis=-1)
+            return self.node("Transpose", [normal[0]], shape, perm=[0, 3, 1, 2])
+        if kind == "prelu":
+            return self.node("PRelu", [name, parameter(channels, 1, 1)], shape)
+        return self.node("Softplus", [name], shape)
+
+    def mix(self, x: Value) -> Value:
+        """Matrix products over the channels: channels last, flattened, attention of channels, a transposed Conv."""
+        name, (channels, height, width) = x
+        kind = self.rng.choice(["last", "flat", "attention", "transposed", "grouped_transposed"])
+        if kind == "last":
+            out = int(self.rng.choice([4, 6]))
+            last = self.node("Transpose", [name], (height, width, channels), perm=[0, 2, 3, 1])
+            weight = (self.rng.normal(size=(channels, out)) / np.sqrt(channels)).astype(np.float32)
+            product = self.node("MatMul", [last[0], self.constant(weight)], (height, width, out))
+            return self.node("Transpose", [product[0]], (out, height, width), perm=[0, 3, 1, 2])
+        if kind == "flat" and channels * height * width <= 1024:
+            size = channels * height * width
+            flat = self.node("Flatten", [name], (size,))
+            weight = (self.rng.normal(size=(12, size)) / np.sqrt(size)).astype(np.float32)
+            product = self.node("Gemm", [flat[0], self.constant(weight)], (12,), transB=1)
+            return self.node("Reshape", [product[0], self.ints(-1, 3, 2, 2)], (3, 2, 2))
+        if kind == "attention" and height * width <= 64:
+            return self.attention(x)
+        groups = 2 if kind == "grouped_transposed" and channels % 2 == 0 else 1
+        weight = (self.rng.normal(size=(channels, 4, 2, 2)) / np.sqrt(channels)).astype(np.float32)
+        inputs = [name, self.constant(weight), self.constant(self.rng.normal(size=4 * groups).astype(np.float32))]
+        if height > 8:
+            return x
+        return self.node("ConvTranspose", inputs, (4 * groups, height * 2, width * 2), strides=[2, 2], group=groups)
+
+    def attention(self, x: Value) -> Value:
+        """Two heads of three over the pixels, queries, keys and values from one product or from three."""
+        name, (channels, height, width) = x
+        rows = self.node("Reshape", [name, self.ints(0, channels, -1)], (channels, height * width))
+        rows = self.node("Transpose", [rows[0]], (height * width, channels), perm=[0, 2, 1])
+        pixels = height * width
+
+        def product(out: int) -> str:
+            weight = (self.rng.normal(size=(channels, out)) / np.sqrt(channels)).astype(np.float32)
+            found = self.node("MatMul", [rows[0], self.constant(weight)], (pixels, out))
+            return self.node(
+                "Add", [self.constant(self.rng.normal(size=out).astype(np.float32)), found[0]], (pixels, out)
+            )[0]
+
+        def turned(source: str, perm: list[int]) -> str:
+            split = self.node("Reshape", [source, self.ints(0, 0, 2, 3)], (pixels, 2, 3))
+            return self.node("Transpose", [split[0]], (2, pixels, 3), perm=perm)[0]
+
+        if self.rng.random() < 0.5:
+            joint = self.node("Reshape", [product(18), self.ints(-1, pixels, 3, 2, 3)], (pixels, 3, 2, 3))
+            joint = self.node("Transpose", [joint[0]], (pixels, 3, 2, 3), perm=[2, 0, 3, 1, 4])
+            query, key, value = (
+                self.node("Gather", [joint[0], self.constant(np.array(i, np.int64))], (2, pixels, 3), axis=0)[0]
+                for i in range(3)
+            )
+            key = self.node("Transpose", [key], (2, 3, pixels), perm=[0, 1, 3, 2])[0]
+        else:
+            query, key, value = (
+                turned(product(6), [0, 2, 1, 3]),
+                turned(product(6), [0, 2, 3, 1]),
+                turned(product(6), [0, 2, 1, 3]),
+            )
+        scores = self.node("MatMul", [query, key], (2, pixels, pixels))
+        weights = self.node("Softmax", [scores[0]], scores[1], axis=-1)
+        found = self.node("MatMul", [weights[0], value], (2, pixels, 3))
+        found = self.node("Transpose", [found[0]], (pixels, 2, 3), perm=[0, 2, 1, 3])
+        joined = self.node("Reshape", [found[0], self.ints(0, 0, 6)], (pixels, 6))
+        last = self.node("Transpose", [joined[0]], (6, pixels), perm=[0, 2, 1])
+        return self.node("Reshape", [last[0], self.ints(0, 6, height, width)], (6, height, width))
+
+
+def random_pruning_model(seed: int, *, steps: int = 10) -> onnx.ModelProto:
+    """As :func:`random_model`, with what permutes, repeats, splits and normalises channels, and attention."""
+    build = _ChannelBuilder(seed, 17)
+    more: list[Callable[[Value], Value]] = [build.shuffle, build.pick, build.pick, build.normalise, build.mix]
+    return _random_model(build, seed, steps, more)
+
+
 def random_model(seed: int, *, steps: int = 10, opset: int = 17) -> onnx.ModelProto:
     """A valid float model with input ``x`` [N, 3, 8, 8] and one to three outputs, the same for the same arguments."""
-    build = _Builder(seed, opset)
+    return _random_model(_Builder(seed, opset), seed, steps, [])
+
+
+def _random_model(build: _Builder, seed: int, steps: int, more: list[Callable[[Value], Value]]) -> onnx.ModelProto:
+    opset = build.opset
     pool: list[Value] = [build.conv(("x", (3, 8, 8)))]
     single: list[Callable[[Value], Value]] = [
         build.conv,
@@ -155,6 +295,7 @@ def random_model(seed: int, *, steps: int = 10, opset: int = 17) -> onnx.ModelPr
         build.pool,
         build.move,
         build.arithmetic,
+        *more,
     ]
     for _ in range(steps):
         x = pool[int(build.rng.integers(max(0, len(pool) - 3), len(pool)))]

@@ -183,13 +183,11 @@ def _reshape(c: Coupler, node: gs.Node) -> None:
     before = c.dims(x)
     after, elements = reshape_target(c, node)
     bundles: list[Bundle] = []
-    for bundle in c.state(x).bundles:
+    # where two meet on one axis the outer one stays free, unless it is pinned anyway
+    for bundle in sorted(c.state(x).bundles, key=lambda b: (bool(c.labels.pinned(b.labels).all()), b.axes)):
         moved = regroup(bundle, before, after, c.labels.roots)
         if moved is None or any(set(moved.axes) & set(b.axes) for b in bundles):
             c.labels.pin(bundle.labels, f"{node.op} {node.name!r} mixes it with other axes")
-            for other in bundles:
-                if moved is not None and set(moved.axes) & set(other.axes):
-                    c.labels.pin(other.labels, f"{node.op} {node.name!r} mixes it with other axes")
         else:
             bundles.append(moved)
     c.set(out, after, bundles, constant=c.state(x).constant)

@@ -191,7 +191,7 @@ def _grouped(
         rows = np.concatenate([entering.reshape(group, -1), leaving.reshape(group, -1)], axis=1)
         c.labels.join(rows[:, :1], rows)
         c.passes(node, 1)
-        if per_in > 1 and per_out > 1:
+        if per_in > 1 or per_out > 1:
             c.whole[node.name] = leaving
         if inner is not None:
             c.labels.pin(inner, f"{node.op} {node.name!r} has groups, which are cut as a whole")
@@ -389,8 +389,7 @@ def _normalised(axes_of: Callable[[Coupler, gs.Node, int], Sequence[int]]) -> Ru
         for tensor in node.inputs[1:]:
             if tensor.name:
                 c.pin(tensor, reason)
-        kept = [b for b in c.state(x).bundles if not set(b.axes) & set(axes)]
-        c.set(node.outputs[0], c.dims(x), kept)
+        c.set(node.outputs[0], c.dims(x), c.state(x).bundles)
 
     return rule
 

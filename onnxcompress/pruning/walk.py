@@ -222,8 +222,8 @@ class Coupler:
                 for tensor in node.outputs:  # what the rule has said of them does not hold
                     self._forget(tensor, reason)
             for tensor in node.outputs:
-                if tensor.name and tensor.name not in self._states:
-                    self._states[tensor.name] = State(self.declared(tensor))
+                if tensor.name:
+                    self.state(tensor)
 
     def _apply(self, rule: Rule, node: gs.Node) -> None:
         try:
