@@ -36,6 +36,7 @@ __all__ = [
     "RawAttribute",
     "StoredValues",
     "attribute",
+    "change_constant",
     "constant_value",
     "copy_graph",
     "extra",
@@ -313,6 +314,16 @@ def set_constant(node: gs.Node, index: int, name: str, value: NDArray[Any]) -> g
         node.inputs.append(gs.Variable.empty())
     node.inputs[index] = constant
     return constant
+
+
+def change_constant(tensor: gs.Tensor, value: NDArray[Any]) -> None:
+    """Give a constant new values, for all who read it: an initializer, or the output of a Constant node."""
+    values = np.asarray(value, order="C")
+    if isinstance(tensor, gs.Constant):
+        tensor.values = _frozen(values)
+    else:
+        tensor.inputs[0].attrs = {"value": gs.Constant(tensor.name, _frozen(values))}
+        tensor.shape = list(values.shape)
 
 
 class Names:

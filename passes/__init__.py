@@ -57,6 +57,11 @@ PASSES: Mapping[str, PassEntry] = MappingProxyType(
             "PruneChannels",
             "Remove whole channels, neurons and attention heads, and repair what remains.",
         ),
+        "prune_weights": PassEntry(
+            "onnxcompress.passes.prune_weights",
+            "PruneWeights",
+            "Set the smallest weights to zero, for sparse runtimes and compressed files.",
+        ),
         "equalize_layers": PassEntry(
             "onnxcompress.passes.equalize_layers",
             "EqualizeLayers",

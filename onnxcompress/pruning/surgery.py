@@ -23,6 +23,7 @@ from onnxcompress.graph import (
     Graph,
     Names,
     attribute,
+    change_constant,
     constant_value,
     copy_graph,
     first_output,
@@ -202,7 +203,7 @@ class _Surgery:
     def _cut_tensors(self) -> None:
         done: set[int] = set()
         for node in self.graph.nodes:
-            for index, tensor in enumerate(node.inputs):
+            for tensor in node.inputs:
                 if id(tensor) in done or tensor.name not in self.cuts:
                     continue
                 done.add(id(tensor))
@@ -210,26 +211,12 @@ class _Surgery:
                 if value is not None:
                     for axis, kept in self.cuts[tensor.name].items():
                         value = np.take(value, kept, axis)
-                    self._replace_constant(node, index, tensor, value)
+                    change_constant(tensor, value)
             for tensor in node.outputs:
                 self._shrink(tensor)
         for tensor in self.graph.outputs:
             if tensor.name in self.cuts:
                 raise OnnxCompressError(f"the graph output {tensor.name!r} was cut; please report it with the model")
-
-    def _replace_constant(self, node: gs.Node, index: int, tensor: gs.Tensor, value: NDArray[Any]) -> None:
-        value = np.ascontiguousarray(value)
-        value.flags.writeable = False
-        if isinstance(tensor, gs.Constant):
-            tensor.values = value
-            return
-        maker = tensor.inputs[0]  # a Constant node: its value moves into an initializer of the same name
-        remove_nodes(self.graph, [maker])
-        constant = gs.Constant(tensor.name, value)
-        for consumer in list(tensor.outputs):
-            for i, read in enumerate(consumer.inputs):
-                if read is tensor:
-                    consumer.inputs[i] = constant
 
     def _shrink(self, tensor: gs.Tensor) -> None:
         cut = self.cuts.get(tensor.name)
