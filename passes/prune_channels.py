@@ -8,26 +8,31 @@ consumer: both must answer the same, or an error is raised.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from onnxcompress.base import Change, Context, Cut, Decision, Detail, Guarantee, Pass, Refusal
+from onnxcompress.benchmark import BenchmarkResult, benchmark
 from onnxcompress.data import Dataset, synthetic_data
 from onnxcompress.errors import DataError, ModelError, OnnxCompressError, UsageError
-from onnxcompress.graph import Graph, constant_value, input_specs, replace_contents
+from onnxcompress.graph import Graph, copy_graph, input_specs, replace_contents
 from onnxcompress.kept import positions_text, read_positions
+from onnxcompress.lockstep import decibels
 from onnxcompress.passes.eliminate_dead_nodes import EliminateDeadNodes
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
 from onnxcompress.passes.fold_constants import FoldConstants
+from onnxcompress.pruning.choose import Aim, Chooser
 from onnxcompress.pruning.costs import ChannelCosts
 from onnxcompress.pruning.coupling import Coupling, CouplingGroup, couple
+from onnxcompress.pruning.importance import Combine, Criterion, batch_norm_scales
 from onnxcompress.pruning.prepare import share_vectors, unshare_vectors
+from onnxcompress.pruning.reconstruct import Recovery, Step, recover
 from onnxcompress.pruning.surgery import Cuts, masked, remove_channels
 from onnxcompress.shapes import TensorType, infer_shapes
 from onnxcompress.verify import compare
@@ -35,13 +40,17 @@ from onnxcompress.verify import compare
 __all__ = ["Prepared", "PruneChannels", "prepare"]
 
 Ints = NDArray[np.int64]
-Counts = dict[str, int]
 
 #: relative L2 between the cut graph and its masked original, by the type of the output
 _TOLERANCE = {"float64": 1e-5, "float32": 1e-5}
 _COARSE_TOLERANCE = 2e-2
 #: samples that both run on
 _CHECKED = 4
+#: what rounding has to gain to be worth it
+_PAYS = 0.02
+#: candidates that are timed for an aim in time, and about how long each takes
+_TIMINGS = 8
+_TIMING_SECONDS = 2.0
 
 
 @dataclass
@@ -72,6 +81,67 @@ def prepare(graph: Graph, *, fold_batch_norm: bool) -> Prepared:
     return Prepared(graph, couple(graph, types), types, copies)
 
 
+@dataclass
+class Candidates:
+    """Choices of channels for different aims, and how fast the graphs are that they leave.
+
+    What the choice rests on is found once: ``chooser`` judges channels, and only sharing out is repeated.
+    """
+
+    ready: Prepared
+    chooser: Chooser
+    aim: Callable[..., Aim]
+    context: Context
+
+    def __post_init__(self) -> None:
+        self.removals = self.chooser.removals()
+        self.curves = self.chooser.curves(self.removals)
+
+    def keep(self, aim: Aim, round_to: int) -> dict[str, Ints]:
+        """The channels that stay of the groups that lose some."""
+        self.chooser.round_to = round_to
+        curves = {
+            n: replace(c, allowed=self.chooser.allowed(self.removals[n].channels)) for n, c in self.curves.items()
+        }
+        counts = self.chooser.counts(aim, curves)
+        return {name: self.removals[name].kept(self.removals[name].channels - n) for name, n in counts.items()}
+
+    def faster(self, roundings: tuple[int, int]) -> tuple[dict[str, Ints], int]:
+        """The choice at the first rounding, or at the second where its graph is surely faster."""
+        first, second = (self.keep(self.aim(), rounding) for rounding in roundings)
+        ratio = self._ratio(self._cut(first), self._cut(second))
+        return (second, roundings[1]) if ratio.low > 1 + _PAYS else (first, roundings[0])
+
+    def in_time(self, share: float, round_to: int) -> tuple[dict[str, Ints], float]:
+        """The choice of the most multiply-accumulates that takes ``share`` of the time, and the share that it takes."""
+        low, high = 0.02, 1.0
+        best: tuple[dict[str, Ints], float] | None = None
+        for _ in self.context.progress.track(range(_TIMINGS), "timing candidates", _TIMINGS):
+            middle = (low * high) ** 0.5 if best is None else (low + high) / 2
+            try:
+                keep = self.keep(self.aim(middle), round_to)
+            except UsageError:
+                low = middle
+                continue
+            found = 1 / self._ratio(self.ready.graph, self._cut(keep)).ratio
+            if best is None or found <= share or found < best[1]:
+                best = (keep, found)
+            low, high = (middle, high) if found <= share else (low, middle)
+        if best is None:
+            raise UsageError("no choice of channels could be timed; give macs instead")
+        return best
+
+    def _cut(self, keep: Mapping[str, Ints]) -> Graph:
+        return remove_channels(self.ready.graph, self.ready.coupling.groups, keep, self.ready.coupling)[0]
+
+    def _ratio(self, reference: Graph, candidate: Graph) -> BenchmarkResult:
+        data = _few_samples(self.ready.graph, self.context)
+        if data is None:
+            raise DataError("no samples fit the model's inputs, so nothing can be timed; give some with --data")
+        with self.context.progress.paused():
+            return benchmark(reference, candidate, data, seconds=_TIMING_SECONDS, sessions=6, seed=self.context.seed)
+
+
 class PruneChannels(Pass):
     """Remove channels, neurons and heads that matter least, exactly, and repair what remains."""
 
@@ -79,20 +149,40 @@ class PruneChannels(Pass):
 
     macs: float | None = Field(None, gt=0, le=1, description="Share of the multiply-accumulates that remains")
     params: float | None = Field(None, gt=0, le=1, description="Share of the parameters that remains")
-    ffn: float | None = Field(None, gt=0, le=1, description="Share of the neurons between two matrix products")
+    time: float | None = Field(None, gt=0, le=1, description="Share of the time that remains, measured on this machine")
+    ffn: float | None = Field(None, gt=0, le=1, description="Share of the neurons between matrix products that remains")
     heads: float | None = Field(None, gt=0, le=1, description="Share of the attention heads that remains")
+    importance: Criterion = Field(
+        "obs", description="How channels are judged; obs and activation use samples, obs without any is l2"
+    )
+    combine: Combine = Field("mean", description="How scores of the layers that make a channel become one")
+    allocation: Literal["output", "local", "uniform"] = Field(
+        "output", description="Who gives channels up: by what the outputs lose, by the criterion alone, or all alike"
+    )
     min_channels: int = Field(1, ge=1, description="Fewest channels that stay of a group")
-    round_to: int = Field(1, ge=1, description="Keep multiples of this many channels of a group where it has as many")
-    exclude_nodes: tuple[str, ...] = Field((), description="Leave channels whole that these nodes produce; patterns")
-    recover: bool = Field(True, description="Fold BatchNormalization and repair the weights that remain")
+    round_to: int = Field(
+        0, ge=0, description="Keep multiples of this many channels; 0: 8 where timing both shows that it pays, else 1"
+    )
+    exclude_nodes: tuple[str, ...] = Field(
+        (), description="Leave channels whole that these nodes make; name or pattern"
+    )
+    recover: bool = Field(True, description="Repair the layers that remain, from samples")
+    repair: Literal["weights", "bias"] = Field("weights", description="What of a layer is repaired")
+    sweeps: int = Field(2, ge=1, le=8, description="Times that all layers are repaired; each is kept where it helps")
+    max_samples: int = Field(
+        1024, ge=1, description="Most calibration samples that the repair uses; memory may allow fewer"
+    )
     keep: dict[str, str] | None = Field(
         None, description="The channels that stay of each group, as a saved recipe has them; nothing is chosen then"
     )
 
     @model_validator(mode="after")
     def _aims_at_something(self) -> Self:
-        if all(aim is None for aim in (self.macs, self.params, self.ffn, self.heads, self.keep)):
-            raise ValueError("say how much remains: macs, params, ffn or heads, for example macs: 0.5")
+        aims = (self.macs, self.params, self.time, self.ffn, self.heads, self.keep)
+        if all(aim is None for aim in aims):
+            raise ValueError("say how much remains: macs, params, time, ffn or heads, for example macs: 0.5")
+        if self.time is not None and (self.macs is not None or self.params is not None):
+            raise ValueError("time is an aim of its own; leave macs and params out")
         return self
 
     @property
@@ -100,26 +190,39 @@ class PruneChannels(Pass):
         """Removes weights: judged by the task metric."""
         return Guarantee.APPROXIMATE
 
+    @property
+    def needs_data(self) -> bool:
+        """The repair learns from samples, and so do the better criteria."""
+        return self.recover or (self.keep is None and self.importance in ("obs", "activation"))
+
     def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail | Cut]:
         """Couple, choose, cut, check, repair."""
+        scales = batch_norm_scales(graph)
         ready = prepare(graph, fold_batch_norm=self.recover)
-        groups = ready.coupling.groups
-        free = [g for g in groups if g.pinned is None and not self._excluded(g)]
-        for group in groups:
+        free = []
+        for group in ready.coupling.groups:
             if group.pinned is not None:
                 yield Refusal(group.producers[0], f"its channels stay: {group.pinned}")
             elif self._excluded(group):
-                yield Refusal(group.producers[0], "its channels stay: excluded")
-        keep = self._given(groups) if self.keep is not None else self._choose(ready, free)
-        keep = {name: kept for name, kept in keep.items() if len(kept) < _group(groups, name).channels}
+                yield Refusal((group.producers or group.consumers)[0], "its channels stay: excluded")
+            else:
+                free.append(group)
+        if self.keep is not None:
+            keep = self._given(ready.coupling.groups)
+        else:
+            keep = yield from self._choose(ready, free, scales, context)
+        full = {group.name: group.channels for group in ready.coupling.groups}
+        keep = {name: kept for name, kept in keep.items() if len(kept) < full[name]}
         if not keep:
             return
         yield Decision("keep", {name: positions_text(kept.tolist()) for name, kept in keep.items()})
-        pruned, cuts = remove_channels(ready.graph, groups, keep, ready.coupling)
+        pruned, cuts = remove_channels(ready.graph, ready.coupling.groups, keep, ready.coupling)
         self._check(ready, pruned, keep, context)
+        yield from _told(ready, keep)
+        if self.recover and context.data is not None:
+            pruned = yield from self._recovered(pruned, ready, cuts, context)
         share_vectors(pruned, ready.copies)
         replace_contents(graph, pruned)
-        yield from _told(ready, keep)
         yield from _cut_axes(ready.graph, cuts)
 
     # ---- choice
@@ -131,51 +234,85 @@ class PruneChannels(Pass):
     def _given(self, groups: Sequence[CouplingGroup]) -> dict[str, Ints]:
         assert self.keep is not None
         known = {group.name for group in groups}
-        for name in self.keep:
+        found = {}
+        for name, text in self.keep.items():
             if name not in known:
                 raise UsageError(
-                    f"keep names the group {name!r}, which this model lacks; inspect --coupling lists them"
+                    f"keep names the group {name!r}, which this model lacks; inspect --coupling lists its groups"
                 )
-        return {name: np.array(read_positions(text), np.int64) for name, text in self.keep.items()}
+            try:
+                found[name] = np.array(read_positions(text), np.int64)
+            except ValueError as error:
+                raise UsageError(f"keep of group {name!r}: {error}; expected positions as in 0-5,7,9") from error
+        return found
 
-    def _choose(self, ready: Prepared, free: Sequence[CouplingGroup]) -> dict[str, Ints]:
-        orders = {group.name: _removal_order(ready.graph, group) for group in free}
-        counts = self._counts(ready, free)
-        return {name: np.sort(orders[name][len(orders[name]) - count :]) for name, count in counts.items()}
+    def _choose(
+        self, ready: Prepared, free: Sequence[CouplingGroup], scales: Mapping[str, NDArray[Any]], context: Context
+    ) -> Generator[Refusal | Decision, None, dict[str, Ints]]:
+        """The channels that stay; what could not be judged as asked is told."""
+        chooser = Chooser(
+            copy_graph(ready.graph),
+            free,
+            ready.costs,
+            context.data,
+            criterion=self.importance,
+            combine=self.combine,
+            shared=self.allocation,
+            least=self.min_channels,
+            round_to=max(self.round_to, 1),
+            seed=context.seed,
+            threads=context.threads,
+            scales=scales,
+            progress=context.progress,
+        )
+        candidates = Candidates(ready, chooser, self._aim, context)
+        yield from (Refusal(_node_of(free, name), reason) for name, reason in chooser.notes.items())
+        if self.time is not None:
+            keep, reached = candidates.in_time(self.time, self.round_to or 1)
+            yield Decision("round_to", self.round_to or 1)
+            if reached > self.time:
+                context.warn(f"prune_channels: {reached:.2f} of the time remains, {self.time:g} was asked for")
+            return keep
+        if self.round_to:
+            return candidates.keep(self._aim(), self.round_to)
+        keep, rounded = candidates.faster((1, 8))
+        yield Decision("round_to", rounded)
+        return keep
 
-    def _counts(self, ready: Prepared, free: Sequence[CouplingGroup]) -> Counts:
-        """How many channels stay of each group: own ratios for FFN and heads, one ratio for the others."""
-        own = {"heads": self.heads, "neurons": self.ffn}
-        fixed = {g.name: self._rounded(g, ratio) for g in free if (ratio := own.get(g.kind)) is not None}
-        rest = [g for g in free if g.name not in fixed]
-        if self.macs is None and self.params is None:
-            return fixed
-        costs = ready.costs
-        aims = [(costs.macs, self.macs), (costs.parameters, self.params)]
+    def _aim(self, macs: float | None = None) -> Aim:
+        return Aim(self.macs if macs is None else macs, self.params, self.ffn, self.heads)
 
-        def reached(counts: Counts) -> bool:
-            return all(aim is None or cost(counts) <= aim * cost() for cost, aim in aims)
+    # ---- repair
 
-        ratios = sorted({k / g.channels for g in rest for k in range(1, g.channels + 1)}) or [1.0]
-        low, high = 0, len(ratios) - 1  # the largest ratio that reaches the aims
-        counts = fixed | {g.name: self._rounded(g, ratios[low]) for g in rest}
-        if not reached(counts):
-            found = ", ".join(f"{cost(counts) / cost():.3f}" for cost, aim in aims if aim is not None)
-            raise UsageError(
-                f"the aim cannot be reached: with the fewest channels {found} remains; ask for more, lower "
-                "min_channels or exclude less"
-            )
-        while low < high:
-            middle = (low + high + 1) // 2
-            candidate = fixed | {g.name: self._rounded(g, ratios[middle]) for g in rest}
-            low, high, counts = (middle, high, candidate) if reached(candidate) else (low, middle - 1, counts)
-        return counts
-
-    def _rounded(self, group: CouplingGroup, ratio: float) -> int:
-        count = int(np.floor(ratio * group.channels + 1e-9))
-        if group.channels >= self.round_to:
-            count = max(count // self.round_to, 1) * self.round_to
-        return min(max(count, self.min_channels, 1), group.channels)
+    def _recovered(
+        self, pruned: Graph, ready: Prepared, cuts: Cuts, context: Context
+    ) -> Generator[Change | Refusal | Detail, None, Graph]:
+        assert context.data is not None
+        options = Recovery(
+            samples=self.max_samples,
+            sweeps=self.sweeps,
+            method=self.repair,
+            seed=context.seed,
+            threads=context.threads,
+            progress=context.progress,
+        )
+        try:
+            found = recover(pruned, ready.graph, cuts, context.data, options)
+        except ModelError as error:
+            context.warn(f"prune_channels: nothing was repaired: {error}")
+            return pruned
+        yield from (Refusal(node, f"not repaired: {reason}") for node, reason in found.skipped)
+        if found.overlap:
+            context.warn("too few calibration samples to hold any out; repairs were judged on what they learned from")
+        repaired: dict[str, list[Step]] = {}
+        for step in found.steps:
+            repaired.setdefault(step.node, []).append(step)
+        for node, steps in repaired.items():
+            before, after = decibels(steps[0].before), decibels(steps[-1].after)
+            yield Change("repaired", node, f"{before:.2f} -> {after:.2f} dB on held-out samples")
+        facts = {"output_error": [found.before, found.after], "sweeps": found.sweeps}
+        yield Detail("recovery", {**facts, "train": found.train, "held_out": found.held_out})
+        return found.graph
 
     # ---- proof
 
@@ -197,8 +334,9 @@ class PruneChannels(Pass):
                 )
 
 
-def _group(groups: Sequence[CouplingGroup], name: str) -> CouplingGroup:
-    return next(group for group in groups if group.name == name)
+def _node_of(groups: Sequence[CouplingGroup], name: str) -> str:
+    group = next(group for group in groups if group.name == name)
+    return (group.producers or group.consumers)[0]
 
 
 def _few_samples(graph: Graph, context: Context) -> Dataset | None:
@@ -208,23 +346,6 @@ def _few_samples(graph: Graph, context: Context) -> Dataset | None:
         return synthetic_data(input_specs(graph), graph=graph, samples=2, batch=2, seed=context.seed)
     except (DataError, ModelError, UsageError):
         return None
-
-
-def _removal_order(graph: Graph, group: CouplingGroup) -> Ints:
-    """Channels by the L2 norm of the weights that make them, smallest first."""
-    power = np.zeros(group.channels)
-    producers = set(group.producers)
-    weights = {m.tensor: m for m in group.members}
-    for node in graph.nodes:
-        if node.name not in producers:
-            continue
-        for tensor in node.inputs[1:2]:
-            value, member = constant_value(tensor), weights.get(tensor.name)
-            if value is not None and member is not None and member.axis < value.ndim:
-                rows = np.moveaxis(value, member.axis, 0).reshape(value.shape[member.axis], -1).astype(np.float64)
-                inside = member.channel_of >= 0
-                np.add.at(power, member.channel_of[inside], np.square(rows[inside]).sum(axis=1))
-    return np.argsort(power, kind="stable")
 
 
 def _told(ready: Prepared, keep: Mapping[str, Ints]) -> Iterator[Change | Detail]:

@@ -155,10 +155,10 @@ class Chooser:
         for name, removal in removals.items():
             # Where nothing could be measured, the group counts as one of the most sensitive.
             error = effects[name] if name in effects else worst * _lost(removal.error)
-            found[name] = Curve(error, self._allowed(removal.channels))
+            found[name] = Curve(error, self.allowed(removal.channels))
         return found
 
-    def _allowed(self, channels: int) -> Ints:
+    def allowed(self, channels: int) -> Ints:
         """Numbers of channels that may go."""
         kept = np.arange(channels, 0, -1)
         fits = kept >= min(self.least, channels)
