@@ -407,7 +407,7 @@ def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> N
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
-    help="int8, int8-accurate, fp16, lossless, or a YAML file; default: the target's, int8 (for cuda: fp16).",
+    help="int8, int8-accurate, prune-int8, fp16, lossless, or a YAML file; default: int8 (for cuda: fp16).",
 )
 @click.option("--evaluate", metavar="FILE.py:FUNCTION", help="Task metric: gets a function that runs the model.")
 @click.option(

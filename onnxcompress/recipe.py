@@ -53,6 +53,7 @@ __all__ = [
 RECIPES: Mapping[str, str] = {
     "int8": "fold, then static INT8 for the target; needs calibration data",
     "int8-accurate": "as int8, closer to the original: ranges are searched by the error at the outputs; slower",
+    "prune-int8": "remove channels, repair what remains, then static INT8; needs calibration data",
     "fp16": "fold, then float16 where it is safe; the default for target cuda",
     "lossless": "fold and clean without changing the outputs; needs no data",
 }

@@ -46,6 +46,8 @@ _TOLERANCE = {"float64": 1e-5, "float32": 1e-5}
 _COARSE_TOLERANCE = 2e-2
 #: samples that both run on
 _CHECKED = 4
+#: share of the multiply-accumulates that remains where nobody says
+_DEFAULT_MACS = 0.75
 #: what rounding has to gain to be worth it
 _PAYS = 0.02
 #: candidates that are timed for an aim in time, and about how long each takes
@@ -147,7 +149,9 @@ class PruneChannels(Pass):
 
     name: ClassVar[str] = "prune_channels"
 
-    macs: float | None = Field(None, gt=0, le=1, description="Share of the multiply-accumulates that remains")
+    macs: float | None = Field(
+        None, gt=0, le=1, description="Share of the multiply-accumulates that remains; 0.75 where nothing else is said"
+    )
     params: float | None = Field(None, gt=0, le=1, description="Share of the parameters that remains")
     time: float | None = Field(None, gt=0, le=1, description="Share of the time that remains, measured on this machine")
     ffn: float | None = Field(None, gt=0, le=1, description="Share of the neurons between matrix products that remains")
@@ -177,10 +181,7 @@ class PruneChannels(Pass):
     )
 
     @model_validator(mode="after")
-    def _aims_at_something(self) -> Self:
-        aims = (self.macs, self.params, self.time, self.ffn, self.heads, self.keep)
-        if all(aim is None for aim in aims):
-            raise ValueError("say how much remains: macs, params, time, ffn or heads, for example macs: 0.5")
+    def _aims_at_one_thing(self) -> Self:
         if self.time is not None and (self.macs is not None or self.params is not None):
             raise ValueError("time is an aim of its own; leave macs and params out")
         return self
@@ -280,7 +281,11 @@ class PruneChannels(Pass):
         return keep
 
     def _aim(self, macs: float | None = None) -> Aim:
-        return Aim(self.macs if macs is None else macs, self.params, self.ffn, self.heads)
+        """What remains; ``macs`` stands for an aim in time."""
+        if macs is None:
+            others = (self.params, self.ffn, self.heads)
+            macs = _DEFAULT_MACS if self.macs is None and all(aim is None for aim in others) else self.macs
+        return Aim(macs, self.params, self.ffn, self.heads)
 
     # ---- repair
 
