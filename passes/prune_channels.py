@@ -347,7 +347,7 @@ def _node_of(groups: Sequence[CouplingGroup], name: str) -> str:
 def _few_samples(graph: Graph, context: Context) -> Dataset | None:
     try:
         if context.data is not None:
-            return context.data.take(min(_CHECKED, context.data.samples))
+            return context.data.take(max(_CHECKED, context.data.fixed_batch or 1))
         return synthetic_data(input_specs(graph), graph=graph, samples=2, batch=2, seed=context.seed)
     except (DataError, ModelError, UsageError):
         return None

@@ -94,17 +94,17 @@ def assert_taint_stays(model: onnx.ModelProto, *, seed: int = 0) -> int:
     tainted = copy_graph(graph)
     types = infer_shapes(tainted)
     names = Names(tainted)
-    shadows: dict[str, str] = {}
+    read = {(node.name, index): tensor.name for node in graph.nodes for index, tensor in enumerate(node.inputs)}
     nodes = {node.name: node for node in tainted.nodes}
     for node in list(tainted.nodes):
         for tensor in node.outputs if node.name in makers else ():
             for axis, stays in masks.get(tensor.name, {}).items():
                 rank = len(coupling.dims[tensor.name])
-                _insert(tainted, names, tensor, _along(stays, axis, rank), np.nan, types, shadows)
+                _insert(tainted, names, tensor, _along(stays, axis, rank), np.nan, types)
     for name, index, axis in coupling.reads:
         node = nodes[name]
         tensor = node.inputs[index]
-        source = next((t for t, shadow in shadows.items() if shadow == tensor.name), tensor.name)
+        source = read[name, index]
         stays = masks.get(source, {}).get(axis)
         if stays is not None:
             shape = _along(stays, axis, len(coupling.dims[source]))
@@ -154,7 +154,6 @@ def _insert(
     stays: NDArray[np.bool_],
     value: float,
     types: Mapping[str, Any],
-    shadows: dict[str, str],
 ) -> None:
     if not tensor.outputs:
         return  # nothing reads it
@@ -164,7 +163,6 @@ def _insert(
     mask = gs.Constant(names.free("stays"), stays)
     nan = gs.Constant(names.free("nan"), np.array(value, dtype))
     graph.nodes.append(gs.Node("Where", names.free("where"), inputs=[mask, tensor, nan], outputs=[out]))
-    shadows[tensor.name] = out.name
 
 
 def _watched(graph: Graph, coupling: Coupling, types: Mapping[str, Any]) -> list[gs.Variable]:

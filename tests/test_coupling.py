@@ -407,6 +407,45 @@ def test_conv_transpose(group: int) -> None:
     check(net.model())
 
 
+def test_einsum() -> None:
+    net = Net()
+    x = net.add("Einsum", net.input("x", ["N", 5, 4]), net.random(4, 3, 6), equation="nsi,ihd->nhsd")
+    y = net.add("Einsum", net.add("Relu", x), net.random(3, 6), equation="nhsd,hd->nhsd")
+    net.add("Einsum", y, net.random(3, 6, 2), equation="nhsd,hdo->nso", to="y")
+    net.output("y", ["N", 5, 2])
+    _, coupling = coupled(net.model())
+    assert [(g.channels, g.producers, g.consumers) for g in free_groups(coupling)] == [
+        (3, ("n0_Einsum", "n2_Einsum"), ("n3_Einsum",)),
+        (6, ("n0_Einsum", "n2_Einsum"), ("n3_Einsum",)),
+    ]
+    check(net.model())
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_the_attention_operator(flat: bool, shared: int) -> None:
+    """``shared`` queries use the same keys and values, and go with them."""
+    net = Net(23, ir_version=10)
+    x = net.input("x", ["N", 5, 4])
+    heads = {"q": 4, "k": 4 // shared, "v": 4 // shared}
+
+    def projected(name: str) -> str:
+        y = net.add("Add", net.add("MatMul", x, net.random(4, 3 * heads[name])), net.random(3 * heads[name]))
+        if flat:
+            return y
+        return net.add("Transpose", net.add("Reshape", y, net.ints(0, 0, heads[name], 3)), perm=[0, 2, 1, 3])
+
+    attributes = {"q_num_heads": 4, "kv_num_heads": heads["k"]} if flat else {}
+    y = net.add("Attention", *(projected(name) for name in heads), net.random(5, 5), **attributes)
+    if not flat:
+        y = net.add("Reshape", net.add("Transpose", y, perm=[0, 2, 1, 3]), net.ints(0, 0, 12))
+    net.add("MatMul", y, net.random(12, 2), to="y")
+    net.output("y", ["N", 5, 2])
+    (group,) = free_groups(coupled(net.model())[1])
+    assert (group.kind, group.channels, len(group.producers)) == ("heads", 4 // shared, 3)
+    check(net.model())
+
+
 @pytest.mark.parametrize("rank", [3, 5])
 def test_other_ranks(rank: int) -> None:
     net = network(lambda net, x: net.add("Relu", net.batch_norm(x, 6)), rank=rank)
@@ -573,6 +612,24 @@ def test_a_channel_that_fills_an_axis_stays() -> None:
     net = network(lambda net, x: net.conv(x, 6, 1, bias=True))
     (group,) = free_groups(coupled(net.model())[1])
     assert group.producers == ("n0_Conv",)
+
+
+def test_weights_that_are_not_dense_numbers_stay() -> None:
+    net = Net(21, ir_version=10)
+    packed = helper.make_tensor("packed", TensorProto.INT4, [4, 6], np.zeros(12, np.uint8).tobytes(), raw=True)
+    net.initializers.append(packed)
+    weight = net.add("DequantizeLinear", "packed", net.floats(0.1))
+    net.add("MatMul", net.add("MatMul", net.input("x", ["N", 4]), weight), net.random(6, 2), to="y")
+    net.output("y", ["N", 2])
+    assert free_groups(coupled(net.model())[1]) == []
+
+
+def test_old_opsets_stay() -> None:
+    net = Net(6)
+    net.conv(net.add("Relu", net.conv(image(net), 3, 6)), 6, 2, to="y")
+    net.output("y", ["N", 2, 8, 8])
+    reasons = {g.pinned for g in coupled(net.model())[1].groups}
+    assert reasons == set() or all("opset 6 is older" in str(reason) for reason in reasons)
 
 
 def test_names_are_unique_and_channels_are_alike() -> None:

@@ -5,7 +5,8 @@ nodes, and sets the states of the outputs; an output that it does not set carrie
 :class:`~onnxcompress.pruning.walk.Unsupported` where it cannot say what happens, and all labels of the node's inputs
 are pinned. There is no default: an operator without a rule pins too.
 
-This module holds arithmetic; :mod:`onnxcompress.pruning.movement` has the rules of what moves data.
+This module holds arithmetic; :mod:`onnxcompress.pruning.movement` has the rules of what moves data,
+:mod:`onnxcompress.pruning.contractions` those of Einsum and Attention.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxcompress.graph import attribute
+from onnxcompress.pruning.contractions import CONTRACTIONS, axis_labels, meet
 from onnxcompress.pruning.dims import ONE, Dim
 from onnxcompress.pruning.labels import Bundle
 from onnxcompress.pruning.movement import MOVEMENT, READS_SIZES, normal_axis
@@ -108,28 +110,6 @@ def _unary(c: Coupler, node: gs.Node) -> None:
 
 
 # ---- layers with weights -------------------------------------------------------------------------------------------
-
-
-def axis_labels(c: Coupler, tensor: gs.Tensor, axis: int) -> Ints | None:
-    """Labels along ``axis``, of which a bundle over several axes is tied to this one; None where there are none."""
-    bundle = c.state(tensor).at(axis)
-    if bundle is None:
-        return None
-    return c.collapse(tensor, bundle, axis).labels
-
-
-def meet(c: Coupler, node: gs.Node, first: Ints | None, second: Ints | None) -> None:
-    """Join two axes position by position; where one of them cannot be cut, the other cannot either."""
-    if first is None and second is None:
-        return
-    if first is None or second is None:
-        found = first if first is not None else second
-        assert found is not None
-        c.labels.pin(found, f"{node.op} {node.name!r} ties it to an axis that cannot be cut")
-    elif first.shape != second.shape:
-        raise Unsupported(f"{first.size} positions meet {second.size}")
-    else:
-        c.labels.join(first, second)
 
 
 def _vector_parameter(c: Coupler, node: gs.Node, index: int, labels: Ints | None) -> None:
@@ -517,5 +497,6 @@ RULES: Mapping[str, Rule] = {
     "Gemm": _gemm,
     "MatMul": _matmul,
     "Constant": _nothing,
+    **CONTRACTIONS,
     **MOVEMENT,
 }

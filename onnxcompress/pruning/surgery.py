@@ -35,7 +35,7 @@ from onnxcompress.node_evaluation import slice_window
 from onnxcompress.pruning.coupling import Coupling, CouplingGroup, couple
 from onnxcompress.pruning.movement import split_sizes
 from onnxcompress.pruning.walk import Permutation, Size
-from onnxcompress.shapes import TensorType, infer_shapes
+from onnxcompress.shapes import infer_shapes
 
 __all__ = ["Cuts", "cut_positions", "masked", "removal_mask", "remove_channels"]
 
@@ -118,30 +118,23 @@ def masked(graph: Graph, groups: Sequence[CouplingGroup], keep: Keep, coupling: 
     types = infer_shapes(result)
     names = Names(result)
     nodes = {node.name: node for node in result.nodes}
+    read = {(node.name, index): tensor.name for node in result.nodes for index, tensor in enumerate(node.inputs)}
     for name, index, axis in coupling.reads:
-        node = nodes[name]
-        tensor = node.inputs[index]
-        stays = masks.get(tensor.name, {}).get(axis)
+        source = read[name, index]
+        stays = masks.get(source, {}).get(axis)
         if stays is not None:
-            rank = len(coupling.dims[tensor.name])
-            node.inputs[index] = _mask(result, tensor, stays, axis, rank, types, names)
+            shape = [-1 if a == axis else 1 for a in range(len(coupling.dims[source]))]
+            known = types.get(source)
+            dtype = known.dtype if known is not None and known.dtype is not None else np.dtype(np.float32)
+            nodes[name].inputs[index] = _masked(
+                result, nodes[name].inputs[index], stays.astype(dtype).reshape(shape), names
+            )
     sort_nodes(result)
     return result
 
 
-def _mask(
-    graph: Graph,
-    tensor: gs.Tensor,
-    stays: NDArray[np.bool_],
-    axis: int,
-    rank: int,
-    types: Mapping[str, TensorType],
-    names: Names,
-) -> gs.Variable:
-    known = types.get(tensor.name)
-    dtype = known.dtype if known is not None and known.dtype is not None else np.dtype(np.float32)
-    factor = stays.astype(dtype).reshape([-1 if a == axis else 1 for a in range(rank)])
-    out = gs.Variable(names.free(f"{tensor.name}_masked"), dtype)
+def _masked(graph: Graph, tensor: gs.Tensor, factor: NDArray[Any], names: Names) -> gs.Variable:
+    out = gs.Variable(names.free(f"{tensor.name}_masked"), factor.dtype)
     mask = gs.Constant(names.free(f"{tensor.name}_mask"), factor)
     graph.nodes.append(gs.Node("Mul", names.free(f"mask_{tensor.name}"), inputs=[tensor, mask], outputs=[out]))
     return out
@@ -260,6 +253,13 @@ class _Surgery:
     def group_normalization(self, node: gs.Node) -> None:
         size = self.old[node.inputs[0].name][1] // int(node.attrs["num_groups"])
         node.attrs["num_groups"] = self.length(node.inputs[0], 1) // size
+
+    def attention(self, node: gs.Node) -> None:
+        for name, index in (("q_num_heads", 0), ("kv_num_heads", 1)):
+            tensor = node.inputs[index]
+            if name in node.attrs and len(self.old[tensor.name]) == 3:
+                size = self.old[tensor.name][2] // int(node.attrs[name])
+                node.attrs[name] = self.length(tensor, 2) // size
 
     def reshape(self, node: gs.Node) -> None:
         self._target(node, 1, not attribute(node, "allowzero", 0))
@@ -426,6 +426,7 @@ def _as_window(picked: Ints) -> tuple[int, int, int] | None:
 
 
 _REWRITES: Mapping[str, Callable[[_Surgery, gs.Node], None]] = {
+    "Attention": _Surgery.attention,
     "Conv": _Surgery.conv,
     "ConvTranspose": _Surgery.conv_transpose,
     "Expand": _Surgery.expand,

@@ -23,6 +23,8 @@ __all__ = ["LONGEST_SHAPE", "Coupler", "Permutation", "Rule", "Size", "Unsupport
 Ints = NDArray[np.int64]
 Rule = Callable[["Coupler", gs.Node], None]
 
+#: before it, broadcasting was an attribute
+OLDEST_OPSET = 7
 #: elements of the largest integer tensor that is followed as a shape
 LONGEST_SHAPE = 64
 
@@ -94,8 +96,8 @@ class Coupler:
             return known
         value = constant_value(tensor)
         if value is not None or isinstance(tensor, gs.Constant):
-            shape = value.shape if value is not None else tuple(tensor.shape)
-            state = self._constant(shape)
+            # sparse tensors, text and types below one byte are not cut
+            state = self._constant(tuple(tensor.shape) if value is None else value.shape, labelled=value is not None)
             if value is not None and value.dtype.kind in "iu" and value.ndim <= 1 and value.size <= LONGEST_SHAPE:
                 state.vector = value.astype(object)
         else:
@@ -103,10 +105,10 @@ class Coupler:
         self._states[tensor.name] = state
         return state
 
-    def _constant(self, shape: Sequence[int]) -> State:
+    def _constant(self, shape: Sequence[int], *, labelled: bool) -> State:
         dims = tuple(Dim(int(n)) for n in shape)
-        bundles = [Bundle((axis,), self.labels.fresh(n)) for axis, n in enumerate(shape) if n > 1]
-        return State(dims, bundles, constant=True)
+        axes = [(axis, int(n)) for axis, n in enumerate(shape) if n > 1 and labelled]
+        return State(dims, [Bundle((axis,), self.labels.fresh(n)) for axis, n in axes], constant=True)
 
     def dims(self, tensor: gs.Tensor) -> tuple[Dim, ...]:
         """Dimensions of ``tensor``.
@@ -209,6 +211,8 @@ class Coupler:
                     raise Unsupported("it has nested graphs")
                 if rule is None:
                     raise Unsupported("there is no rule for this operator")
+                if self.opset < OLDEST_OPSET:
+                    raise Unsupported(f"opset {self.opset} is older than the rules, which begin at {OLDEST_OPSET}")
                 self._apply(rule, node)
                 if node.op not in reads_sizes:
                     self._watch_sizes(node)
