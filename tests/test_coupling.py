@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -650,6 +651,14 @@ def test_integers_that_are_looked_up_are_no_channels() -> None:
     group = group_of(coupled(net.model())[1], "n0_Gather")
     assert (group.channels, group.pinned) == (6, None)
     check(net.model())
+
+
+@pytest.mark.cases
+@pytest.mark.parametrize("name", ["resnet20", "resnet56", "mobilenetv2_cifar10", "squeezenet1.1", "minilm"])
+def test_real_models(name: str, cases: Mapping[str, Any]) -> None:
+    model = onnx.load(cases[name].model)
+    assert_exact(model, seed=1)
+    assert assert_taint_stays(model, seed=1) > 0
 
 
 # ---- all at once ---------------------------------------------------------------------------------------------------

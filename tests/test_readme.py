@@ -13,7 +13,12 @@ import pytest
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCK = re.compile(r"<!-- run by tests/test_readme.py -->\n```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
 #: enough to see that a command works; the figures are not looked at
-SHORT = {"demo": "--benchmark-seconds 2", "benchmark": "--seconds 0.5", "compress": "--benchmark-seconds 0.5"}
+SHORT = {
+    "demo": "--benchmark-seconds 2",
+    "benchmark": "--seconds 0.5",
+    "compress": "--benchmark-seconds 0.5",
+    "prune_channels": "--samples 96 --sweeps 1",
+}
 
 
 def blocks() -> list[tuple[str, str]]:
