@@ -215,6 +215,29 @@ def test_inspect_measures_layers(call: Callable[..., Result]) -> None:
     assert "sensitivity" not in json.loads(call("inspect MODEL --json").stdout)
 
 
+def test_inspect_tells_which_channels_go_together(call: Callable[..., Result]) -> None:
+    assert "channels that go together" not in call("inspect MODEL").output
+    assert json.loads(call("inspect MODEL --json").stdout)["coupling"] is None
+    result = call("inspect MODEL --coupling")
+    for word in ("channels that go together", "conv", "channels that stay", "normalises over it"):
+        assert word in result.output
+    groups = {g["producers"][0]: g for g in json.loads(call("inspect MODEL --coupling --json").stdout)["coupling"]}
+    assert (groups["conv"]["channels"], groups["conv"]["kind"], groups["conv"]["pinned"]) == (8, "channels", None)
+    assert groups["conv"]["macs"] == 8 * 8 * 8 * 27 + 8 * 4
+    assert groups["conv"]["consumers"] == ["head"]
+    assert "Softmax" in groups["head"]["pinned"]
+
+
+def test_prune_channels_as_a_command(call: Callable[..., Result]) -> None:
+    line = "prune_channels MODEL --data DATA --macs 0.5 --round-to 1 -o half.onnx --json"
+    report = json.loads(call(line).stdout)
+    assert report["after"]["macs"] <= 0.5 * report["before"]["macs"]
+    again = json.loads(call("compare MODEL half.onnx --data DATA --json").stdout)
+    assert again["outputs"][0]["relative_l2"] < 1
+    assert call("prune_channels MODEL --macs 0.5 -o never.onnx").exit_code == 2
+    assert call("prune_channels MODEL --data DATA --macs 2 -o never.onnx").exit_code == 2
+
+
 def test_compare_models(call: Callable[..., Result]) -> None:
     assert call("fold_batch_norm MODEL -o folded.onnx").exit_code == 0
     report = json.loads(call("compare MODEL folded.onnx --data DATA --tolerance 1e-5 --json").stdout)

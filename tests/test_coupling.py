@@ -214,6 +214,18 @@ def test_group_normalization_as_it_is_exported() -> None:
     check(model)
 
 
+def test_group_normalization_of_images_of_any_size() -> None:
+    net = Net()
+    x = net.conv(image(net, size="H"), 3, 6, bias=True)
+    y = net.add("Reshape", x, net.ints(0, 3, -1))
+    y = net.add("Reshape", net.add("InstanceNormalization", y, net.random(3), net.random(3)), net.add("Shape", x))
+    net.conv(net.add("Mul", y, net.random(6, 1, 1)), 6, 2, to="y")
+    net.output("y", ["N", 2, "H", "H"])
+    (group,) = free_groups(coupled(net.model())[1])
+    assert group.channels == 3
+    check(net.model())
+
+
 # ---- what moves positions ------------------------------------------------------------------------------------------
 
 

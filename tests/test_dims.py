@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxcompress.pruning.dims import Dim, match_axes, periods, product
+from onnxcompress.pruning.dims import Dim, inner_symbols, match_axes, periods, product
 
 N, S = Dim(1, ("N",)), Dim(1, ("S",))
 
@@ -53,3 +53,6 @@ def test_division_and_periods() -> None:
     assert Dim(6).over(N) is None
     assert periods(dims(N, S, 12, 2)) == [1, 1, 12, 2]
     assert periods(dims(12, N)) is None
+    assert inner_symbols(dims(12, N, S)) == [12, 1, 1]
+    assert inner_symbols(dims(4, N * Dim(3), S)) == [4, 3, 1]
+    assert inner_symbols(dims(N, 12)) is None

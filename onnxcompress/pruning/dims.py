@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ONE", "Dim", "match_axes", "periods", "product"]
+__all__ = ["ONE", "Dim", "inner_symbols", "match_axes", "periods", "product"]
 
 
 @dataclass(frozen=True)
@@ -86,4 +86,17 @@ def periods(dims: Sequence[Dim]) -> list[int] | None:
         if dim.symbols and sized:
             return None
         sized = sized or dim.size > 1
+    return [dim.size for dim in dims]
+
+
+def inner_symbols(dims: Sequence[Dim]) -> list[int] | None:
+    """As :func:`periods` where the symbols of a run are innermost: ``[16, H, W]``, ``[4, 4 H W]``; None elsewhere.
+
+    Positions of an axis with symbols then come in blocks, one for each position of its known size.
+    """
+    seen = False
+    for dim in dims:
+        if seen and dim.size > 1:
+            return None
+        seen = seen or bool(dim.symbols)
     return [dim.size for dim in dims]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from onnxcompress.graph import attribute
 from onnxcompress.node_evaluation import DATA_MOVEMENT, move_data, shape_range, slice_window
-from onnxcompress.pruning.dims import ONE, Dim, match_axes, periods, product
+from onnxcompress.pruning.dims import ONE, Dim, inner_symbols, match_axes, periods, product
 from onnxcompress.pruning.labels import Bundle
 from onnxcompress.pruning.walk import LONGEST_SHAPE, Coupler, Permutation, Size, Unsupported
 
@@ -23,6 +23,7 @@ __all__ = ["MOVEMENT", "READS_SIZES", "normal_axis", "reshape_target", "split_si
 
 Ints = NDArray[np.int64]
 Roots = Callable[[Ints], Ints]
+Join = Callable[[Ints, Ints], None]
 
 
 def normal_axis(axis: int, rank: int) -> int:
@@ -147,10 +148,13 @@ def _fill(dims: tuple[Dim, ...], before: tuple[Dim, ...]) -> tuple[Dim, ...]:
     return dims if rest is None else (*dims[: unknown[0]], rest, *dims[unknown[0] + 1 :])
 
 
-def regroup(bundle: Bundle, before: Sequence[Dim], after: Sequence[Dim], roots: Roots) -> Bundle | None:
+def regroup(
+    bundle: Bundle, before: Sequence[Dim], after: Sequence[Dim], roots: Roots, join: Join | None = None
+) -> Bundle | None:
     """``bundle`` of a tensor of shape ``before`` as it lies in the tensor of shape ``after``; None where it cannot be.
 
-    Axes along which all classes agree are left out.
+    Axes along which all classes agree are left out. ``join`` ties labels together where only blocks can be told apart;
+    without it there is no answer then.
     """
     runs = match_axes(before, after)
     if runs is None:
@@ -160,20 +164,31 @@ def regroup(bundle: Bundle, before: Sequence[Dim], after: Sequence[Dim], roots: 
     axes_after = [a for run in touched for a in run[1]]
     sizes_before: list[int] = []
     sizes_after: list[int] = []
+    blocks: list[int] = []
     for run in touched:
-        old, new = periods([before[a] for a in run[0]]), periods([after[a] for a in run[1]])
-        if old is None or new is None or np.prod(old, dtype=np.int64) != np.prod(new, dtype=np.int64):
+        dims = [before[a] for a in run[0]], [after[a] for a in run[1]]
+        old, new = periods(dims[0]), periods(dims[1])
+        if old is None or new is None:
+            old, new = inner_symbols(dims[0]), inner_symbols(dims[1])
+            if old is None or new is None or any(before[a].symbols for a in run[0] if a in bundle.axes):
+                return None
+            blocks += [len(sizes_after) + i for i, d in enumerate(dims[1]) if d.symbols and d.size > 1]
+        if np.prod(old, dtype=np.int64) != np.prod(new, dtype=np.int64):
             return None
         sizes_before += old
         sizes_after += new
     spread = [sizes_before[i] if a in bundle.axes else 1 for i, a in enumerate(axes_before)]
     labels = np.broadcast_to(bundle.labels.reshape(spread), sizes_before).reshape(sizes_after)
+    for axis in blocks:
+        if join is None:
+            return None
+        join(np.take(labels, [0], axis), labels)
     classes = roots(labels)
     keep = [
         i for i in range(len(axes_after)) if sizes_after[i] > 1 and (classes != np.take(classes, [0], axis=i)).any()
     ]
     if not keep:  # one class: the whole of the longest axis
-        keep = [int(np.argmax(sizes_after))]
+        keep = [int(np.argmax([1 if i in blocks else n for i, n in enumerate(sizes_after)]))]
     picked = labels[tuple(slice(None) if i in keep else 0 for i in range(len(axes_after)))]
     return Bundle(tuple(axes_after[i] for i in keep), np.ascontiguousarray(picked))
 
@@ -185,7 +200,7 @@ def _reshape(c: Coupler, node: gs.Node) -> None:
     bundles: list[Bundle] = []
     # where two meet on one axis the outer one stays free, unless it is pinned anyway
     for bundle in sorted(c.state(x).bundles, key=lambda b: (bool(c.labels.pinned(b.labels).all()), b.axes)):
-        moved = regroup(bundle, before, after, c.labels.roots)
+        moved = regroup(bundle, before, after, c.labels.roots, c.labels.join)
         if moved is None or any(set(moved.axes) & set(b.axes) for b in bundles):
             c.labels.pin(bundle.labels, f"{node.op} {node.name!r} mixes it with other axes")
         else:
@@ -250,7 +265,7 @@ def _relabelled(c: Coupler, node: gs.Node, after: Sequence[Dim]) -> None:
     x = node.inputs[0]
     bundles: list[Bundle] = []
     for bundle in c.state(x).bundles:
-        moved = regroup(bundle, c.dims(x), after, c.labels.roots)
+        moved = regroup(bundle, c.dims(x), after, c.labels.roots, c.labels.join)
         if moved is None or any(set(moved.axes) & set(b.axes) for b in bundles):
             raise Unsupported("it mixes axes of unknown size")
         bundles.append(moved)
