@@ -113,11 +113,11 @@ def unfold(
         along = taps[axis] * s + (np.arange(k) * d)[:, None]
         where = (where[:, None] * padded.shape[2 + axis] + along).reshape(-1, len(positions))
     batch, channels = padded.shape[:2]
-    flat = padded.reshape(batch, channels, prod(padded.shape[2:]))
-    cut = flat[:, :, where]  # [N, C, taps, positions]
-    per_group = channels // groups
-    cut = cut.reshape(batch, groups, per_group * len(where), len(positions))
-    return np.moveaxis(cut, 0, 2).reshape(groups, per_group * len(where), -1)
+    flat = np.ascontiguousarray(padded.reshape(batch, channels, prod(padded.shape[2:])).swapaxes(0, 1))
+    cut = np.empty((channels, len(where), batch, len(positions)), padded.dtype)
+    for tap, places in enumerate(where):  # one tap at a time: each is written where it stays
+        cut[:, tap] = flat[:, :, places]
+    return cut.reshape(groups, channels // groups * len(where), -1)
 
 
 class Moments:

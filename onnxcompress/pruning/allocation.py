@@ -144,8 +144,8 @@ def output_effects(
     order = sorted(range(len(probed)), key=lambda i: place[id(firsts[i].node)])
     outputs = judged_outputs(graph)
     schedule = [*([firsts[i].data] for i in order), outputs]
-    advance = Advance(graph, feeds, schedule, threads=threads)
-    expected = list(Advance(graph, feeds, [outputs], threads=threads).step())
+    advance = Advance(graph, feeds, schedule, optimization="all", threads=threads)
+    expected = list(Advance(graph, feeds, [outputs], optimization="all", threads=threads).step())
     names = Names(graph)
     effects: dict[str, Floats] = {}
     for number in progress.track(order, "measuring effects on the outputs", len(order)):

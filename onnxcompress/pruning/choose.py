@@ -44,7 +44,7 @@ Ints = NDArray[np.int64]
 
 #: samples that Gram matrices are made from, and samples on which effects on the outputs are measured
 _LEARNED = 512
-_PROBED = 96
+_PROBED = 64
 #: bytes of all Gram matrices that are held at once; groups that need more are judged by the norm of their weights
 _GRAM_BYTES = 1 << 30
 

@@ -58,7 +58,7 @@ _RIDGE = 1e-3
 #: one of this many remaining channels is removed at a time, at least one
 _AT_ONCE = 48
 #: shares of a group at which the weights that make up for the removed channels are kept, for probing
-LEVELS = (0.25, 0.5, 0.75, 1.0)
+LEVELS = (0.25, 0.5, 0.75)
 #: rows that are sampled for one Gram matrix, and the bytes of one batch's columns
 _ROWS = 65536
 
@@ -240,7 +240,7 @@ class Readers:
         """Each layer in order with the moments of its input; they hold no aim."""
         schedule = [[layer.data, str(layer.output.name)] for layer in self.layers]
         samples = sum(max((v.shape[0] for v in given.values() if v.ndim), default=1) for given in self.feeds)
-        advance = Advance(self.graph, self.feeds, schedule, threads=self.threads)
+        advance = Advance(self.graph, self.feeds, schedule, optimization="all", threads=self.threads)
         described = self.progress.track(self.layers, "reading activations", len(self.layers))
         for number, layer in enumerate(described):
             generator = np.random.default_rng([self.seed, number])

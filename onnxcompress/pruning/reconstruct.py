@@ -44,7 +44,9 @@ Feeds = dict[str, Array]
 Kept = Mapping[str, Mapping[int, NDArray[np.int64]]]
 Method = Literal["weights", "bias"]
 
-#: rows that are sampled for one layer, at most, and the bytes that its columns may take
+#: rows a column that are sampled for one layer, fewest and most rows, and the bytes that its columns may take
+_ROWS_PER_COLUMN = 128
+_FEWEST_ROWS = 16384
 _ROWS = 65536
 _ROW_BYTES = 192 * 2**20
 #: a Gram matrix of more columns takes too long to solve; such a layer has its bias repaired
@@ -216,8 +218,8 @@ def _sweep(
     layers, _ = _plan(student, teacher)
     mine, theirs = _schedules(layers)
     feeds = [given for given, _ in batches]
-    ahead = Advance(student, feeds, mine, threads=options.threads)
-    beside = Advance(teacher, feeds, theirs, threads=options.threads)
+    ahead = Advance(student, feeds, mine, optimization="all", threads=options.threads)
+    beside = Advance(teacher, feeds, theirs, optimization="all", threads=options.threads)
     names = Names(student)
     learned = sum(_samples(given) for given, held in batches if not held)
     steps: list[Step] = []
@@ -245,6 +247,37 @@ def _samples(feeds: Mapping[str, Array]) -> int:
     return max((value.shape[0] for value in feeds.values() if value.ndim), default=1)
 
 
+@dataclass(frozen=True)
+class _Aims:
+    """What a layer should give, ``[groups, filters, rows]``, and where anything beyond a bound is as good."""
+
+    rows: Array
+    #: ``rows``, but the bound where it lies beyond one
+    bounded: Array
+    below: NDArray[np.bool_] | None
+    above: NDArray[np.bool_] | None
+
+    @classmethod
+    def of(cls, rows: Array, shift: Array | None, bounds: tuple[float, float]) -> _Aims:
+        """Bounds hold for the sum of a layer's output and ``shift``."""
+        if not np.isfinite(bounds).any():
+            return cls(rows, rows, None, None)
+        low, high = (np.float32(end) if shift is None else np.float32(end) - shift for end in bounds)
+        below = rows <= low if np.isfinite(bounds[0]) else None
+        above = rows >= high if np.isfinite(bounds[1]) else None
+        return cls(rows, np.clip(rows, low, high), below, above)
+
+    def errors(self, given: Array, bias: Array) -> Array:
+        """What ``given + bias`` lacks; none where it makes no difference to whatever reads it. Uses up ``given``."""
+        given += bias[:, :, None]
+        away: Array = np.subtract(self.bounded, given, out=given)
+        if self.below is not None:
+            np.minimum(away, 0.0, out=away, where=self.below)
+        if self.above is not None:
+            np.maximum(away, 0.0, out=away, where=self.above)
+        return away
+
+
 class _Rows:
     """Rows of one layer: its columns and its aim, to learn from and to judge by."""
 
@@ -254,12 +287,13 @@ class _Rows:
         self._weight = layer.filters().astype(np.float32)
         self._bias = layer.bias().astype(np.float32)
         groups, _, columns = self._weight.shape
-        most = min(_ROWS, _ROW_BYTES // (4 * groups * columns))
+        most = min(max(_ROWS_PER_COLUMN * columns, _FEWEST_ROWS), _ROWS, _ROW_BYTES // (4 * groups * columns))
         self._share = max(most, 4 * columns) / max(samples, 1)
         self._positions: dict[tuple[int, ...], NDArray[np.int64]] = {}
         self.columns: dict[bool, list[Array]] = {False: [], True: []}
-        self.aims: dict[bool, list[Array]] = {False: [], True: []}
-        self.error = self.signal = 0.0
+        self.aims: dict[bool, list[_Aims]] = {False: [], True: []}
+        self.signal = {False: 0.0, True: 0.0}
+        self.error = 0.0
 
     def add(
         self, found: Mapping[str, Array], aim: Array, left: Mapping[int, NDArray[np.int64]] | None, held: bool
@@ -287,19 +321,15 @@ class _Rows:
             return f"its shapes do not fit: {error}"
         if columns.shape[1:] != (self._weight.shape[2], rows.shape[2]):
             return "its shapes do not fit"
-        low, high = layer.bounds
-        if layer.shortcut is not None and (np.isfinite(low) or np.isfinite(high)):
-            # What matters is the sum, so the bounds move with the shortcut: shift both into the layer's own terms.
-            shift = layer.rows(found[str(layer.shortcut.name)], chosen)
-            rows = np.concatenate([rows, shift], axis=1)
+        shift = layer.rows(found[str(layer.shortcut.name)], chosen) if layer.shortcut is not None else None
+        aims = _Aims.of(rows, shift, layer.bounds)
         self.columns[held].append(columns)
-        self.aims[held].append(rows)
+        self.aims[held].append(aims)
+        whole = rows if shift is None else rows + shift
+        self.signal[held] += float(np.einsum("gij,gij->", whole, whole, dtype=np.float64))
         if not held:
-            aim_rows, rest = self.split(rows)
-            away = self.errors(self._weight, self._bias, columns, rows)
+            away = aims.errors(self._weight @ columns, self._bias)
             self.error += float(np.einsum("gij,gij->", away, away, dtype=np.float64))
-            whole = aim_rows if rest is None else aim_rows + rest
-            self.signal += float(np.einsum("gij,gij->", whole, whole, dtype=np.float64))
         return None
 
     def _chosen(self, aim: Array) -> NDArray[np.int64]:
@@ -314,44 +344,22 @@ class _Rows:
             self._positions[shape] = chosen
         return self._positions[shape]
 
-    def split(self, rows: Array) -> tuple[Array, Array | None]:
-        """(aim, shortcut) of what :meth:`add` keeps; the shortcut only where bounds need it."""
-        filters = self._weight.shape[1]
-        return (rows, None) if rows.shape[1] == filters else (rows[:, :filters], rows[:, filters:])
-
-    def errors(self, weight: Array, bias: Array, columns: Array, rows: Array) -> Array:
-        """What is missing at each place, none where it makes no difference to whatever reads it."""
-        aim, rest = self.split(rows)
-        away: Array = weight @ columns
-        away += bias[:, :, None]
-        low, high = self.layer.bounds
-        if not (np.isfinite(low) or np.isfinite(high)):
-            return np.subtract(aim, away, out=away)
-        own_low, own_high = (low, high) if rest is None else (low - rest, high - rest)
-        # An aim beyond a bound is met by anything beyond it.
-        goal = np.where(aim <= own_low, np.minimum(away, own_low), aim)
-        goal = np.where(aim >= own_high, np.maximum(away, own_high), goal)
-        return np.subtract(goal, away, out=away)
-
     def unlike(self) -> str | None:
         """Why there is nothing to repair, or None."""
-        if not (np.isfinite(self.error) and np.isfinite(self.signal)):
+        if not (np.isfinite(self.error) and np.isfinite(self.signal[False])):
             return "values at its output are not finite"
-        if self.signal == 0.0 or self.error <= _NOTHING * self.signal:
+        if self.signal[False] == 0.0 or self.error <= _NOTHING * self.signal[False]:
             return "its output is the original's"
         return None
 
     def held_error(self, weight: Floats, bias: Floats) -> float:
         """Relative squared error on the held-out rows."""
         w, b = weight.astype(np.float32), bias.astype(np.float32)
-        error = signal = 0.0
-        for columns, rows in zip(self.columns[True], self.aims[True], strict=True):
-            away = self.errors(w, b, columns, rows)
+        error = 0.0
+        for columns, aims in zip(self.columns[True], self.aims[True], strict=True):
+            away = aims.errors(w @ columns, b)
             error += float(np.einsum("gij,gij->", away, away, dtype=np.float64))
-            aim, rest = self.split(rows)
-            whole = aim if rest is None else aim + rest
-            signal += float(np.einsum("gij,gij->", whole, whole, dtype=np.float64))
-        return error / signal if signal else error
+        return error / self.signal[True] if self.signal[True] else error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -389,7 +397,7 @@ def _shifted(rows: _Rows, weight: Floats, bias: Floats) -> Floats:
     total, count = np.zeros(bias.shape), 0
     w, b = weight.astype(np.float32), bias.astype(np.float32)
     for columns, aims in zip(rows.columns[False], rows.aims[False], strict=True):
-        total += rows.errors(w, b, columns, aims).sum(axis=2, dtype=np.float64)
+        total += aims.errors(w @ columns, b).sum(axis=2, dtype=np.float64)
         count += columns.shape[2]
     shifted: Floats = bias + total / max(count, 1)
     return shifted
@@ -400,18 +408,17 @@ def _weights(layer: MixingLayer, rows: _Rows, weight: Floats, bias: Floats) -> I
     centred = layer.bias_node is not None
     moments = Moments(weight.astype(np.float32), bias.astype(np.float32))
     for columns, aims in zip(rows.columns[False], rows.aims[False], strict=True):
-        moments.add(columns, rows.split(aims)[0])
+        moments.add(columns, aims.rows)
     gram, cross = moments.normal_equations(centred=centred)
     solved = []
     for ridge in _RIDGES:
         change = cross @ np.linalg.inv(_damped(gram, ridge))
         new_bias = bias + moments.best_shift(change) if centred else bias
         solved.append((rows.held_error(weight + change, new_bias), ridge, weight + change, new_bias))
-        yield "weights", weight + change, new_bias
-    low, high = layer.bounds
-    if not (np.isfinite(low) or np.isfinite(high)):
-        return
     _, ridge, new_weight, new_bias = min(solved, key=lambda each: each[0])
+    yield "weights", new_weight, new_bias
+    if not np.isfinite(layer.bounds).any():
+        return
     solve = _solver(_damped(gram, ridge))
     mean = moments.inputs / moments.count
     for _ in range(_BOUNDED):
@@ -424,7 +431,7 @@ def _weights(layer: MixingLayer, rows: _Rows, weight: Floats, bias: Floats) -> I
         new_weight = new_weight + change
         if centred:
             new_bias = new_bias + residual - np.einsum("gij,gj->gi", change, mean)
-        yield "weights", new_weight, new_bias
+    yield "weights", new_weight, new_bias
 
 
 def _cross(rows: _Rows, weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
@@ -432,7 +439,7 @@ def _cross(rows: _Rows, weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
     w, b = weight.astype(np.float32), bias.astype(np.float32)
     cross, residual = np.zeros(weight.shape), np.zeros(bias.shape)
     for columns, aims in zip(rows.columns[False], rows.aims[False], strict=True):
-        away = rows.errors(w, b, columns, aims)
+        away = aims.errors(w @ columns, b)
         cross += away @ columns.swapaxes(1, 2)
         residual += away.sum(axis=2, dtype=np.float64)
     return cross, residual
