@@ -27,13 +27,16 @@ from onnxcompress.lockstep import decibels
 from onnxcompress.passes.eliminate_dead_nodes import EliminateDeadNodes
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
 from onnxcompress.passes.fold_constants import FoldConstants
+from onnxcompress.pruning.branches import drop_branches, drop_constants, still_there, vanishing
 from onnxcompress.pruning.choose import Aim, Chooser
 from onnxcompress.pruning.costs import ChannelCosts
 from onnxcompress.pruning.coupling import Coupling, CouplingGroup, couple
 from onnxcompress.pruning.importance import Combine, Criterion, batch_norm_scales
+from onnxcompress.pruning.mixing import find_mixing_layers
 from onnxcompress.pruning.prepare import share_vectors, unshare_vectors
 from onnxcompress.pruning.reconstruct import Recovery, Step, recover
 from onnxcompress.pruning.surgery import Cuts, masked, remove_channels
+from onnxcompress.pruning.timing import saved_times
 from onnxcompress.shapes import TensorType, infer_shapes
 from onnxcompress.verify import compare
 
@@ -102,9 +105,7 @@ class Candidates:
     def keep(self, aim: Aim, round_to: int) -> dict[str, Ints]:
         """The channels that stay of the groups that lose some."""
         self.chooser.round_to = round_to
-        curves = {
-            n: replace(c, allowed=self.chooser.allowed(self.removals[n].channels)) for n, c in self.curves.items()
-        }
+        curves = {n: replace(c, allowed=self.chooser.allowed(self.removals[n])) for n, c in self.curves.items()}
         counts = self.chooser.counts(aim, curves)
         return {name: self.removals[name].kept(self.removals[name].channels - n) for name, n in counts.items()}
 
@@ -165,7 +166,10 @@ class PruneChannels(Pass):
     )
     min_channels: int = Field(1, ge=1, description="Fewest channels that stay of a group")
     round_to: int = Field(
-        0, ge=0, description="Keep multiples of this many channels; 0: 8 where timing both shows that it pays, else 1"
+        0, ge=0, description="Keep multiples of this many channels; 0: what timing each width shows to pay"
+    )
+    drop_branches: bool = Field(
+        True, description="Let whole residual branches go where that costs least; only with obs, repair and no rounding"
     )
     exclude_nodes: tuple[str, ...] = Field(
         (), description="Leave channels whole that these nodes make; name or pattern"
@@ -217,8 +221,13 @@ class PruneChannels(Pass):
         if not keep:
             return
         yield Decision("keep", {name: positions_text(kept.tolist()) for name, kept in keep.items()})
-        pruned, cuts = remove_channels(ready.graph, ready.coupling.groups, keep, ready.coupling)
-        self._check(ready, pruned, keep, context)
+        # A group that goes as a whole is cut to one channel like any other, and checked, before its branch is dropped.
+        least = {name: kept if len(kept) else np.zeros(1, np.int64) for name, kept in keep.items()}
+        pruned, cuts = remove_channels(ready.graph, ready.coupling.groups, least, ready.coupling)
+        self._check(ready, pruned, least, context)
+        gone = [group for group in ready.coupling.groups if group.name in keep and not len(keep[group.name])]
+        if gone:
+            pruned, cuts = self._without(pruned, cuts, gone)
         yield from _told(ready, keep)
         if self.recover and context.data is not None:
             pruned = yield from self._recovered(pruned, ready, cuts, context)
@@ -264,6 +273,7 @@ class PruneChannels(Pass):
             seed=context.seed,
             threads=context.threads,
             scales=scales,
+            **self._measured(ready, free, context),
             progress=context.progress,
         )
         candidates = Candidates(ready, chooser, self._aim, context)
@@ -274,11 +284,32 @@ class PruneChannels(Pass):
             if reached > self.time:
                 context.warn(f"prune_channels: {reached:.2f} of the time remains, {self.time:g} was asked for")
             return keep
-        if self.round_to:
-            return candidates.keep(self._aim(), self.round_to)
+        if self.round_to or self._timed(context):
+            return candidates.keep(self._aim(), self.round_to or 1)
         keep, rounded = candidates.faster((1, 8))
         yield Decision("round_to", rounded)
         return keep
+
+    def _timed(self, context: Context) -> bool:
+        """True where effects on the outputs are known, so that time can be weighed against them width by width."""
+        known = self.importance == "obs" and self.allocation == "output" and context.data is not None
+        return known and self.round_to == 0
+
+    def _measured(self, ready: Prepared, free: Sequence[CouplingGroup], context: Context) -> dict[str, Any]:
+        """The time that channels save, and which groups may go as a whole."""
+        if not self._timed(context) or context.data is None:
+            return {}
+        batch = context.data.take(context.data.fixed_batch or 1).first()
+        types = infer_shapes(ready.graph, {name: value.shape for name, value in batch.feeds.items()})
+
+        def cut(keep: Mapping[str, Sequence[int]]) -> Graph:
+            return remove_channels(ready.graph, ready.coupling.groups, keep, ready.coupling)[0]
+
+        may_vanish: set[str] = set()
+        if self.drop_branches and self.recover and self.min_channels == 1:
+            may_vanish = vanishing(free, {layer.name: layer for layer in find_mixing_layers(ready.graph)}, types)
+        saved = saved_times(free, cut, types, batch.feeds, progress=context.progress)
+        return {"saved": saved, "may_vanish": frozenset(may_vanish)}
 
     def _aim(self, macs: float | None = None) -> Aim:
         """What remains; ``macs`` stands for an aim in time."""
@@ -286,6 +317,19 @@ class PruneChannels(Pass):
             others = (self.params, self.ffn, self.heads)
             macs = _DEFAULT_MACS if self.macs is None and all(aim is None for aim in others) else self.macs
         return Aim(macs, self.params, self.ffn, self.heads)
+
+    def _without(self, pruned: Graph, cuts: Cuts, gone: Sequence[CouplingGroup]) -> tuple[Graph, Cuts]:
+        """The graph without the branches of ``gone``, and what was cut of the tensors that are left."""
+        readers = [name for group in gone for name in group.consumers]
+        layers = {layer.name: layer for layer in find_mixing_layers(pruned)}
+        for name in readers:
+            if name not in layers or layers[name].sum_output is None:
+                raise UsageError(f"keep leaves nothing of what {name!r} reads, which is no branch that can go")
+        sums = [str(tensor.name) for name in readers if (tensor := layers[name].sum_output) is not None]
+        pruned = drop_branches(pruned, readers)
+        if self.recover:
+            pruned = drop_constants(pruned, sums)
+        return pruned, still_there(cuts, pruned)
 
     # ---- repair
 

@@ -21,6 +21,7 @@ from onnxcompress.pruning.allocation import Budget, CostBudget, Curve, allocate,
 from onnxcompress.pruning.costs import ChannelCosts
 from onnxcompress.pruning.coupling import CouplingGroup
 from onnxcompress.pruning.importance import (
+    LEVELS,
     Combine,
     Criterion,
     Readers,
@@ -89,6 +90,8 @@ class Chooser:
         least: fewest channels that stay of a group.
         round_to: multiples of this many channels stay where a group has as many.
         scales: of BatchNormalization, for that criterion.
+        saved: for some groups, the share of the time that 0, 1, ... removed channels save.
+        may_vanish: groups that may lose all channels, where what that does to the outputs can be measured.
     """
 
     graph: Graph
@@ -103,6 +106,8 @@ class Chooser:
     seed: int = 0
     threads: int = 0
     scales: Mapping[str, Array] = field(default_factory=dict)
+    saved: Mapping[str, Floats] = field(default_factory=dict)
+    may_vanish: frozenset[str] = frozenset()
     progress: Progress = field(default_factory=SilentProgress)
     #: groups that block OBS could not judge, with the reason
     notes: dict[str, str] = field(default_factory=dict)
@@ -155,16 +160,20 @@ class Chooser:
         for name, removal in removals.items():
             # Where nothing could be measured, the group counts as one of the most sensitive.
             error = effects[name] if name in effects else worst * _lost(removal.error)
-            found[name] = Curve(error, self.allowed(removal.channels))
+            found[name] = Curve(error, self.allowed(removal), self.saved.get(name))
         return found
 
-    def allowed(self, channels: int) -> Ints:
-        """Numbers of channels that may go."""
+    def allowed(self, removal: Removal) -> Ints:
+        """Numbers of channels of a group that may go."""
+        channels = removal.channels
         kept = np.arange(channels, 0, -1)
         fits = kept >= min(self.least, channels)
         if self.round_to > 1 and channels >= self.round_to:
             fits &= (kept % self.round_to == 0) | (kept == channels)
-        return np.asarray(channels - kept[fits], np.int64)
+        gone = channels - kept[fits]
+        if channels in removal.mended:
+            gone = np.append(gone, channels)
+        return np.asarray(gone, np.int64)
 
     def _effects(self, removals: Sequence[Removal]) -> dict[str, Floats]:
         assert self.data is not None
@@ -270,7 +279,8 @@ class Chooser:
                 waiting[name].discard(id(layer))
                 if not waiting[name]:
                     parts = [(each, moments[id(each)], channel_of) for each, channel_of in readers[name]]
-                    found[name] = eliminate(chosen[name], parts)
+                    levels = (*LEVELS, 1.0) if name in self.may_vanish else LEVELS
+                    found[name] = eliminate(chosen[name], parts, levels=levels)
             pending = {id(each) for name, left in waiting.items() if left for each, _ in readers[name]}
             moments = {key: value for key, value in moments.items() if key in pending}
         return found

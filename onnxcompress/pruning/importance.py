@@ -36,6 +36,7 @@ from onnxcompress.pruning.coupling import CouplingGroup
 from onnxcompress.pruning.mixing import MixingLayer
 
 __all__ = [
+    "LEVELS",
     "Combine",
     "Criterion",
     "Readers",
@@ -45,6 +46,7 @@ __all__ = [
     "random_order",
     "removal_by_scores",
     "scores",
+    "weight_axis",
 ]
 
 Array = NDArray[Any]
