@@ -192,15 +192,17 @@ class _ChannelBuilder(_Builder):
         if kind == "batch":
             return self.node("BatchNormalization", [name, *(parameter(channels) for _ in range(4))], shape)
         if kind == "instance":
-            return self.node("InstanceNormalization", [name, parameter(channels), parameter(channels)], shape)
+            # a channel that hardly varies must not be blown up to what is rounding
+            inputs = [name, parameter(channels), parameter(channels)]
+            return self.node("InstanceNormalization", inputs, shape, epsilon=0.5)
         if kind == "group" and channels % 2 == 0:  # as exporters write it
             rows = self.node("Reshape", [name, self.ints(0, 2, -1)], (2, channels // 2 * shape[1] * shape[2]))
-            rows = self.node("InstanceNormalization", [rows[0], parameter(2), parameter(2)], rows[1])
+            rows = self.node("InstanceNormalization", [rows[0], parameter(2), parameter(2)], rows[1], epsilon=0.5)
             back = self.node("Reshape", [rows[0], self.ints(0, channels, shape[1], shape[2])], shape)
             return self.node("Mul", [back[0], parameter(channels, 1, 1)], shape)
         if kind == "layer" and self.rng.random() < 0.3:
             last = self.node("Transpose", [name], (shape[1], shape[2], channels), perm=[0, 2, 3, 1])
-            normal = self.node("LayerNormalization", [last[0], parameter(channels)], last[1], axis=-1)
+            normal = self.node("LayerNormalization", [last[0], parameter(channels)], last[1], axis=-1, epsilon=0.5)
             return self.node("Transpose", [normal[0]], shape, perm=[0, 3, 1, 2])
         if kind == "prelu":
             return self.node("PRelu", [name, parameter(channels, 1, 1)], shape)

@@ -189,6 +189,18 @@ def test_a_cut_that_does_not_equal_its_masked_original_is_an_internal_error(monk
         plain(macs=0.5)(from_proto(wide()))
 
 
+def test_networks_that_magnify_rounding_are_not_taken_for_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    x = net.conv(net.add("Tanh", net.conv(image(net, size=16), 3, 96, bias=True)), 96, 8)
+    x = net.add("Add", x, net.floats(3e3))  # how pixels differ is to some part rounding now
+    net.add("InstanceNormalization", x, net.floats(np.ones(8)), net.floats(np.zeros(8)), epsilon=1e-12, to="y")
+    net.output("y", ["N", 8, 16, 16])
+    assert plain(macs=0.6)(from_proto(net.model())).report.changed
+    monkeypatch.setattr(prune_channels, "_NOISE", 0.0)
+    with pytest.raises(OnnxCompressError, match="please report it with the model"):
+        plain(macs=0.6)(from_proto(net.model()))
+
+
 @pytest.mark.parametrize("hazard", HAZARDS, ids=lambda hazard: hazard.name)
 def test_every_hazard(hazard: Hazard) -> None:
     """Valid, with the same interface, a report that tells the truth, and nothing changed where nothing was cut."""
