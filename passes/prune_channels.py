@@ -209,7 +209,7 @@ class PruneChannels(Pass):
         free = []
         for group in ready.coupling.groups:
             if group.pinned is not None:
-                yield Refusal(group.producers[0], f"its channels stay: {group.pinned}")
+                yield Refusal((group.producers or group.consumers)[0], f"its channels stay: {group.pinned}")
             elif self._excluded(group):
                 yield Refusal((group.producers or group.consumers)[0], "its channels stay: excluded")
             else:

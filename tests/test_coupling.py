@@ -459,6 +459,39 @@ def test_the_attention_operator(flat: bool, shared: int) -> None:
     check(net.model())
 
 
+def test_rotary_embeddings_and_keys_that_queries_share() -> None:
+    """As decoders write it: four query heads, two of keys and values that are expanded; a gated FFN after it."""
+    net = Net(20, ir_version=9)
+    x = net.input("x", ["N", 5, 8])
+
+    def heads(count: int) -> str:
+        y = net.add("Reshape", net.add("MatMul", x, net.random(8, 4 * count)), net.ints(0, 0, count, 4))
+        return net.add("Transpose", y, perm=[0, 2, 1, 3])
+
+    def turned(y: str) -> str:
+        low = net.add("Slice", y, net.ints(0), net.ints(2), net.ints(3))
+        high = net.add("Slice", y, net.ints(2), net.ints(4), net.ints(3))
+        crossed = net.add("Concat", net.add("Neg", high), low, axis=-1)
+        return net.add("Add", net.add("Mul", y, net.random(5, 4)), net.add("Mul", crossed, net.random(5, 4)))
+
+    def repeated(y: str) -> str:
+        y = net.add("Expand", net.add("Unsqueeze", y, net.ints(2)), net.ints(1, 2, 2, 5, 4))
+        return net.add("Reshape", y, net.ints(0, 4, 5, 4))
+
+    query, key, value = turned(heads(4)), repeated(turned(heads(2))), repeated(heads(2))
+    scores = net.add("MatMul", query, net.add("Transpose", key, perm=[0, 1, 3, 2]))
+    y = net.add("MatMul", net.add("Softmax", net.add("Mul", scores, net.floats(0.5)), axis=-1), value)
+    y = net.add("Reshape", net.add("Transpose", y, perm=[0, 2, 1, 3]), net.ints(0, 0, 16))
+    y = net.add("Add", x, net.add("MatMul", y, net.random(16, 8)))
+    gate = net.add("MatMul", y, net.random(8, 12))
+    gate = net.add("Mul", gate, net.add("Sigmoid", gate))
+    net.add("MatMul", net.add("Mul", gate, net.add("MatMul", y, net.random(8, 12))), net.random(12, 3), to="y")
+    net.output("y", ["N", 5, 3])
+    free = free_groups(coupled(net.model())[1])
+    assert [(g.kind, g.channels, len(g.producers)) for g in free] == [("heads", 2, 3), ("neurons", 12, 2)]
+    check(net.model())
+
+
 @pytest.mark.parametrize("rank", [3, 5])
 def test_other_ranks(rank: int) -> None:
     net = network(lambda net, x: net.add("Relu", net.batch_norm(x, 6)), rank=rank)

@@ -645,6 +645,8 @@ def _resize(c: Coupler, node: gs.Node) -> None:
         raise Unsupported("how much it scales is computed")
     if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
         raise Unsupported("it crops")
+    if attribute(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise Unsupported("it keeps the aspect ratio, so its sizes are not what they say")
     after = list(dims)
     moved: set[int] = set()
     for number, axis in enumerate(axes):

@@ -101,6 +101,13 @@ def _all_outputs(c: Coupler, node: gs.Node, dims: Sequence[Dim], bundles: Sequen
         c.set(tensor, dims, bundles)
 
 
+def _dropout(c: Coupler, node: gs.Node) -> None:
+    training = c.value(node, 2) if c.opset >= 12 else None
+    if training is not None and bool(training):
+        raise Unsupported("it is in training mode")
+    _unary(c, node)
+
+
 def _unary(c: Coupler, node: gs.Node) -> None:
     """Element by element; further inputs are parameters of one element (Clip's bounds, Dropout's ratio)."""
     for tensor in node.inputs[1:]:
@@ -462,7 +469,7 @@ def _quantisation(c: Coupler, node: gs.Node) -> None:
 _UNARY = """
     Abs Neg Sqrt Exp Log Reciprocal Floor Ceil Round Sign Erf Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh
     Tanh Sigmoid Relu LeakyRelu Softplus Softsign Elu Selu Celu ThresholdedRelu HardSigmoid HardSwish Mish Gelu Swish
-    Not IsNaN IsInf Clip Dropout BitwiseNot Shrink
+    Not IsNaN IsInf Clip BitwiseNot Shrink
     """.split()  # noqa: SIM905 - a table of words is easier to read
 _NARY = """
     Add Sub Mul Div Pow Mod Max Min Mean Sum And Or Xor Equal Greater Less GreaterOrEqual LessOrEqual Where PRelu
@@ -479,6 +486,7 @@ def _nothing(c: Coupler, node: gs.Node) -> None:
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_UNARY, _unary),
+    "Dropout": _dropout,
     **dict.fromkeys(_NARY, _elementwise),
     **dict.fromkeys(_REDUCTIONS, _reduce),
     **dict.fromkeys(("MaxPool", "AveragePool", "LpPool"), _pool),
