@@ -33,6 +33,10 @@ Ints = NDArray[np.int64]
 _CHOICES = 96
 #: error of an output that is measured as none
 _TINY = 1e-12
+#: time to this power counts like the error of the outputs when whole branches are weighed, and how much larger the
+#: error may become by them in all
+_TIME_POWER = 5.0
+_MOST_ERROR = 1.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +191,12 @@ def _interpolated(removal: Removal, measured: Mapping[int, float]) -> Floats:
 
 
 def allocate(
-    budget: Budget, curves: Mapping[str, Curve], target: float, channels: Mapping[str, int], *, time_weight: float = 0.5
+    budget: Budget,
+    curves: Mapping[str, Curve],
+    target: float,
+    channels: Mapping[str, int],
+    *,
+    time_weight: float = 0.75,
 ) -> dict[str, int]:
     """{group: channels that stay} with ``budget`` at or below ``target`` at the least sum of output errors (greedily).
 
@@ -236,8 +245,48 @@ def allocate(
             remaining = budget.remaining(kept)
             if step >= goal or remaining <= target:
                 break
-    _give_back(budget, curves, target, channels, kept)
+    _give_back(budget, curves, target, channels, kept, weight)
+    if timed:
+        _let_go(budget, curves, target, channels, kept, weight)
     return {name: kept[name] for name in curves}
+
+
+def _balance(curves: Mapping[str, Curve], channels: Mapping[str, int], kept: Mapping[str, int]) -> tuple[float, float]:
+    """Logarithms of what is to be small, the error of the outputs times a power of the time, and of the error alone."""
+    error, saved = 0.0, 0.0
+    for name, curve in curves.items():
+        gone = channels[name] - kept[name]
+        error += float(curve.error[gone])
+        saved += float(curve.saved[gone]) if curve.saved is not None else 0.0
+    log = float(np.log(max(error, _TINY)))
+    return log + _TIME_POWER * float(np.log(max(1 - saved, 0.05))), log
+
+
+def _let_go(
+    budget: Budget,
+    curves: Mapping[str, Curve],
+    target: float,
+    channels: Mapping[str, int],
+    kept: dict[str, int],
+    weight: float,
+) -> None:
+    """Let whole groups go, one at a time, while what they leave room for and the time they save outweigh them."""
+    best, error = _balance(curves, channels, kept)
+    most = error + float(np.log(_MOST_ERROR))
+    while True:
+        found: tuple[float, dict[str, int]] | None = None
+        for name, curve in curves.items():
+            if kept[name] == 0 or curve.allowed[-1] != channels[name]:
+                continue
+            trial = {**kept, name: 0}
+            _give_back(budget, {n: c for n, c in curves.items() if n != name}, target, channels, trial, weight)
+            value, error = _balance(curves, channels, trial)
+            if error <= most and value < (best if found is None else found[0]):
+                found = value, trial
+        if found is None:
+            return
+        best = found[0]
+        kept.update(found[1])
 
 
 def _thinned(allowed: Ints) -> Ints:
@@ -248,29 +297,46 @@ def _thinned(allowed: Ints) -> Ints:
 
 
 def _give_back(
-    budget: Budget, curves: Mapping[str, Curve], target: float, channels: Mapping[str, int], kept: dict[str, int]
+    budget: Budget,
+    curves: Mapping[str, Curve],
+    target: float,
+    channels: Mapping[str, int],
+    kept: dict[str, int],
+    weight: float,
 ) -> None:
-    """Restore what the last steps took beyond the target, most valuable first."""
-    moved = True
-    while moved:
-        moved = False
-        gains = []
+    """Restore channels where they are worth most for what they cost, as far as the target leaves room."""
+    room = target - budget.remaining(kept)
+    slopes = budget.slopes(kept)
+    closed: set[str] = set()
+    while room > 0:
+        best: tuple[float, str, int] | None = None
         for name, curve in curves.items():
             gone = channels[name] - kept[name]
-            before = curve.allowed[curve.allowed < gone]
-            if len(before):
-                gains.append((float(curve.error[gone] - curve.error[before[-1]]), name, int(before[-1])))
-        slopes = budget.slopes(kept)
-        room = target - budget.remaining(kept)
-        for _, name, back in sorted(gains, key=lambda each: (-each[0], each[1])):
-            added = channels[name] - back - kept[name]
-            if slopes.get(name, 0.0) * added > room:
+            if name in closed or kept[name] == 0:
                 continue
-            trial = {**kept, name: channels[name] - back}
-            if budget.remaining(trial) <= target:
-                kept[name] = channels[name] - back
-                moved = True
-                break
+            fewer = curve.allowed[curve.allowed < gone]
+            cost = slopes.get(name, 0.0) * (gone - fewer)
+            fewer, cost = fewer[cost <= room], cost[cost <= room]
+            if not len(fewer):
+                continue
+            spent = (1 - weight) * cost
+            if curve.saved is not None and weight:
+                spent = spent + weight * (curve.saved[gone] - curve.saved[fewer])
+            rates = (curve.error[gone] - curve.error[fewer]) / np.maximum(spent, 1e-9)
+            pick = int(np.argmax(rates))
+            if rates[pick] > 0 and (best is None or rates[pick] > best[0]):
+                best = float(rates[pick]), name, channels[name] - int(fewer[pick])
+        if best is None:
+            return
+        name, count = best[1:]
+        # Groups on both sides of one product cost more than the slope says: then this one is left as it is.
+        trial = {**kept, name: count}
+        remaining = budget.remaining(trial)
+        if remaining <= target:
+            kept[name] = count
+            room, slopes = target - remaining, budget.slopes(kept)
+        else:
+            closed.add(name)
 
 
 def uniform(budget: Budget, curves: Mapping[str, Curve], target: float, channels: Mapping[str, int]) -> dict[str, int]:
