@@ -16,6 +16,7 @@ import onnxsim
 
 def macs(model: Any) -> int:
     """Multiply-accumulates of Conv and Gemm, batch 1."""
+    del model.graph.value_info[:]
     for value in model.graph.input:
         value.type.tensor_type.shape.dim[0].dim_value = 1
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
@@ -37,12 +38,13 @@ def main(source: str, samples: str, share: float, target: str) -> None:
     """Write the pruned model to ``target``."""
     with np.load(samples) as arrays:
         data = [{name: arrays[name][i : i + 1] for name in arrays.files} for i in range(32)]
-    dense = macs(onnx.load(source))
+    simple, _ = onnxsim.simplify(onnx.load(source))
+    dense = macs(onnx.ModelProto.FromString(simple.SerializeToString()))
     low, high = 0.0, 0.95
     best = None
     for _ in range(8):
         middle = (low + high) / 2
-        model = onnxsim.apply_structured_wanda_pruning(onnx.load(source), calibration_data=data, sparsity=middle)
+        model = onnxsim.apply_structured_wanda_pruning(simple, calibration_data=data, sparsity=middle)
         if macs(onnx.ModelProto.FromString(model.SerializeToString())) <= share * dense:
             best, high = model, middle
         else:
