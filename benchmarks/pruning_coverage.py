@@ -261,6 +261,8 @@ def check_file(path: Path, verbose: bool) -> dict[str, Any]:
                 )
         row["reasons"] = sorted({g.pinned for g in coupling.groups if g.pinned is not None})
         dense = macs(graph)
+        if not dense:
+            raise ValueError("no node of known shape multiplies")
         rng = np.random.default_rng(0)
         order = {g.name: rng.permutation(g.channels) for g in free}
         for percent in range(95, 0, -5):

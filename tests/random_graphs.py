@@ -233,6 +233,13 @@ class _ChannelBuilder(_Builder):
             return x
         return self.node("ConvTranspose", inputs, (4 * groups, height * 2, width * 2), strides=[2, 2], group=groups)
 
+    def part(self, joint: str, index: int, pixels: int) -> str:
+        """Queries, keys or values, picked by number or as a window of one."""
+        if self.rng.random() < 0.5:
+            return self.node("Gather", [joint, self.constant(np.array(index, np.int64))], (2, pixels, 3), axis=0)[0]
+        window = self.node("Slice", [joint, self.ints(index), self.ints(index + 1), self.ints(0)], (2, pixels, 3))
+        return self.node("Squeeze", [window[0], self.ints(0)], (2, pixels, 3))[0]
+
     def attention(self, x: Value) -> Value:
         """Two heads of three over the pixels, queries, keys and values from one product or from three."""
         name, (channels, height, width) = x
@@ -254,10 +261,7 @@ class _ChannelBuilder(_Builder):
         if self.rng.random() < 0.5:
             joint = self.node("Reshape", [product(18), self.ints(-1, pixels, 3, 2, 3)], (pixels, 3, 2, 3))
             joint = self.node("Transpose", [joint[0]], (pixels, 3, 2, 3), perm=[2, 0, 3, 1, 4])
-            query, key, value = (
-                self.node("Gather", [joint[0], self.constant(np.array(i, np.int64))], (2, pixels, 3), axis=0)[0]
-                for i in range(3)
-            )
+            query, key, value = (self.part(joint[0], i, pixels) for i in range(3))
             key = self.node("Transpose", [key], (2, 3, pixels), perm=[0, 1, 3, 2])[0]
         else:
             query, key, value = (

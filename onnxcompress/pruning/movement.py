@@ -348,7 +348,10 @@ def _pick(c: Coupler, node: gs.Node, output: gs.Tensor, picks: Mapping[int, Ints
 def _take(bundle: Bundle, axis: int, positions: Ints) -> Bundle:
     if axis not in bundle.axes:
         return bundle
-    return Bundle(bundle.axes, np.take(bundle.labels, positions, bundle.axes.index(axis)))
+    labels = np.take(bundle.labels, positions, bundle.axes.index(axis))
+    if len(positions) == 1 and len(bundle.axes) > 1:  # queries among queries, keys and values: no axis to cut any more
+        return Bundle(tuple(a for a in bundle.axes if a != axis), labels.squeeze(bundle.axes.index(axis)))
+    return Bundle(bundle.axes, labels)
 
 
 def _slice(c: Coupler, node: gs.Node) -> None:
