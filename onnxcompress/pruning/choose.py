@@ -43,9 +43,12 @@ Array = NDArray[Any]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-#: samples that Gram matrices are made from, and samples on which effects on the outputs are measured
+#: samples that Gram matrices are made from, and samples on which effects on the outputs are measured: most and fewest
 _LEARNED = 512
 _PROBED = 64
+_FEWEST_PROBED = 8
+#: multiply-accumulates that measuring effects on the outputs may take, unless that were too few samples
+_PROBE_MACS = 1.5e12
 #: bytes of all Gram matrices that are held at once; groups that need more are judged by the norm of their weights
 _GRAM_BYTES = 1 << 30
 
@@ -177,7 +180,10 @@ class Chooser:
 
     def _effects(self, removals: Sequence[Removal]) -> dict[str, Floats]:
         assert self.data is not None
-        feeds = [dict(b.feeds) for b in _rebatched(self.data.take(max(_PROBED, self.data.fixed_batch or 1)))]
+        probes = sum(len(removal.mended) for removal in removals)
+        fits = int(_PROBE_MACS / max(probes * self.costs.macs(), 1))
+        samples = max(min(_PROBED, fits), _FEWEST_PROBED, self.data.fixed_batch or 1)
+        feeds = [dict(b.feeds) for b in _rebatched(self.data.take(samples))]
         return output_effects(self.graph, removals, feeds, threads=self.threads, progress=self.progress)
 
     # -- order --------------------------------------------------------------------------------------------------------

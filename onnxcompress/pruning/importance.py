@@ -33,7 +33,7 @@ from onnxcompress.graph import Graph, attribute, constant_value
 from onnxcompress.lockstep import Advance
 from onnxcompress.patches import Moments
 from onnxcompress.pruning.coupling import CouplingGroup
-from onnxcompress.pruning.mixing import MixingLayer
+from onnxcompress.pruning.mixing import MixingLayer, wanted_rows
 
 __all__ = [
     "LEVELS",
@@ -61,8 +61,6 @@ _RIDGE = 1e-3
 _AT_ONCE = 48
 #: shares of a group at which the weights that make up for the removed channels are kept, for probing
 LEVELS = (0.25, 0.5, 0.75)
-#: rows that are sampled for one Gram matrix, and the bytes of one batch's columns
-_ROWS = 65536
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +247,7 @@ class Readers:
             weight = layer.filters().astype(np.float32)
             # Without filters there is no residual to sum up: only the inputs are of interest.
             moments = Moments(weight[:, :0], np.zeros((len(weight), 0), np.float32))
-            many = max(_ROWS, 4 * weight.shape[2]) / max(samples, 1)
+            many = wanted_rows(weight.shape[2]) / max(samples, 1)
             chosen: dict[tuple[int, ...], Ints] = {}
             for values in advance.step():
                 output = values[str(layer.output.name)]

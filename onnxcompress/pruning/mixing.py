@@ -30,13 +30,24 @@ from onnxcompress.graph import (
 )
 from onnxcompress.patches import conv_pads, output_sizes, spread_out, unfold
 
-__all__ = ["MixingLayer", "find_mixing_layers"]
+__all__ = ["MixingLayer", "find_mixing_layers", "wanted_rows"]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _PRODUCTS = ("Gemm", "MatMul")
+#: rows a column that are sampled of a layer's input, fewest and most rows, and products that a Gram matrix may take
+_ROWS_PER_COLUMN = 128
+_FEWEST_ROWS = 16384
+_MOST_ROWS = 65536
+_GRAM_PRODUCTS = 2e10
+
+
+def wanted_rows(columns: int) -> int:
+    """Rows to sample for a least squares problem of so many columns: at least four a column."""
+    rows = min(max(_ROWS_PER_COLUMN * columns, _FEWEST_ROWS), _MOST_ROWS, int(_GRAM_PRODUCTS / columns**2))
+    return max(rows, 4 * columns)
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ where its error falls on held-out samples, a sweep over all layers only where th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +30,7 @@ from onnxcompress.base import Progress, SilentProgress
 from onnxcompress.graph import Graph, Names, copy_graph
 from onnxcompress.lockstep import Advance, Judge, Samples, samples_that_fit, split_samples
 from onnxcompress.patches import Moments
-from onnxcompress.pruning.mixing import MixingLayer, find_mixing_layers
+from onnxcompress.pruning.mixing import MixingLayer, find_mixing_layers, wanted_rows
 
 if TYPE_CHECKING:
     from onnxcompress.data import Dataset
@@ -44,15 +44,13 @@ Feeds = dict[str, Array]
 Kept = Mapping[str, Mapping[int, NDArray[np.int64]]]
 Method = Literal["weights", "bias"]
 
-#: rows a column that are sampled for one layer, fewest and most rows, and the bytes that its columns may take
-_ROWS_PER_COLUMN = 128
-_FEWEST_ROWS = 16384
-_ROWS = 65536
+#: bytes that the columns of one layer may take, unless that were less than four rows a column
 _ROW_BYTES = 192 * 2**20
 #: a Gram matrix of more columns takes too long to solve; such a layer has its bias repaired
 _MOST_COLUMNS = 8192
 #: ridges that are tried, relative to the mean input power
 _RIDGES = (1e-2, 1e-3)
+_FEW_COLUMNS = 1200
 #: repetitions of the solution where values beyond bounds do not matter
 _BOUNDED = 4
 #: squared error relative to the signal below which there is nothing to repair
@@ -287,7 +285,7 @@ class _Rows:
         self._weight = layer.filters().astype(np.float32)
         self._bias = layer.bias().astype(np.float32)
         groups, _, columns = self._weight.shape
-        most = min(max(_ROWS_PER_COLUMN * columns, _FEWEST_ROWS), _ROWS, _ROW_BYTES // (4 * groups * columns))
+        most = min(wanted_rows(columns), _ROW_BYTES // (4 * groups * columns))
         self._share = max(most, 4 * columns) / max(samples, 1)
         self._positions: dict[tuple[int, ...], NDArray[np.int64]] = {}
         self.columns: dict[bool, list[Array]] = {False: [], True: []}
@@ -410,16 +408,20 @@ def _weights(layer: MixingLayer, rows: _Rows, weight: Floats, bias: Floats) -> I
     for columns, aims in zip(rows.columns[False], rows.aims[False], strict=True):
         moments.add(columns, aims.rows)
     gram, cross = moments.normal_equations(centred=centred)
-    solved = []
-    for ridge in _RIDGES:
-        change = cross @ np.linalg.inv(_damped(gram, ridge))
+    best: tuple[float, Floats, Floats, Floats] | None = None
+    # An inverse of many columns takes seconds, and the stronger ridge is the safer one.
+    for ridge in _RIDGES if weight.shape[2] <= _FEW_COLUMNS else _RIDGES[:1]:
+        inverse: Floats = np.linalg.inv(_damped(gram, ridge)).astype(np.float64, copy=False)
+        change = cross @ inverse
         new_bias = bias + moments.best_shift(change) if centred else bias
-        solved.append((rows.held_error(weight + change, new_bias), ridge, weight + change, new_bias))
-    _, ridge, new_weight, new_bias = min(solved, key=lambda each: each[0])
+        error = rows.held_error(weight + change, new_bias)
+        if best is None or error < best[0]:
+            best = error, inverse, weight + change, new_bias
+    assert best is not None
+    _, inverse, new_weight, new_bias = best
     yield "weights", new_weight, new_bias
     if not np.isfinite(layer.bounds).any():
         return
-    solve = _solver(_damped(gram, ridge))
     mean = moments.inputs / moments.count
     for _ in range(_BOUNDED):
         cross, residual = _cross(rows, new_weight, new_bias)
@@ -427,7 +429,7 @@ def _weights(layer: MixingLayer, rows: _Rows, weight: Floats, bias: Floats) -> I
         cross = cross / moments.count
         if centred:
             cross = cross - residual[:, :, None] * mean[:, None, :]
-        change = solve(cross)
+        change = cross @ inverse
         new_weight = new_weight + change
         if centred:
             new_bias = new_bias + residual - np.einsum("gij,gj->gi", change, mean)
@@ -443,11 +445,6 @@ def _cross(rows: _Rows, weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
         cross += away @ columns.swapaxes(1, 2)
         residual += away.sum(axis=2, dtype=np.float64)
     return cross, residual
-
-
-def _solver(gram: Floats) -> Callable[[Floats], Floats]:
-    inverse = np.linalg.inv(gram)
-    return lambda cross: cross @ inverse
 
 
 def _damped(gram: Floats, ridge: float) -> Floats:
