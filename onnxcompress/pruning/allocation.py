@@ -35,8 +35,8 @@ _CHOICES = 96
 _TINY = 1e-12
 #: time to this power counts like the error of the outputs when whole branches are weighed, and how much larger the
 #: error may become by them in all
-_TIME_POWER = 5.0
-_MOST_ERROR = 1.6
+_TIME_POWER = 6.0
+_MOST_ERROR = 1.5
 
 
 @dataclass(frozen=True, eq=False)
