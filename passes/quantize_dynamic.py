@@ -49,11 +49,11 @@ from onnxcompress.graph import (
     remove_node,
     sort_nodes,
 )
+from onnxcompress.lockstep import Judge, decibels, split_samples
 from onnxcompress.opset import raise_opset
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.quantization.affine import quantize_weight, weight_qparams
 from onnxcompress.quantization.audit import audit
-from onnxcompress.quantization.layerwise import Judge, decibels, split_samples
 from onnxcompress.quantization.placement import excluded_reason
 from onnxcompress.shapes import TensorType, infer_shapes
 from onnxcompress.targets import Target, get_target
