@@ -148,6 +148,8 @@ def _mac_axes(node: gs.Node, types: Mapping[str, TensorType]) -> list[tuple[str,
         return [(first, 1), (second, 1)]
     if node.op == "Gemm":
         return [(out, 0), (out, 1), (first, 0 if attribute(node, "transA", 0) else 1)]
+    if node.op != "MatMul":
+        return []  # integer products have no rule: what they touch stays
     rank = _rank(node.outputs[0], types)
     inner = _rank(node.inputs[0], types)
     return [*((out, axis) for axis in range(rank)), (first, inner - 1)]
