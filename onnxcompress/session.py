@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from onnxcompress.graph import Graph, InputSpec
 from onnxcompress.io import PROTOBUF_LIMIT, serialize, write_files
 from onnxcompress.proto import from_proto
 
-__all__ = ["Feeds", "Optimization", "Session", "import_onnxruntime"]
+__all__ = ["BoundBuffers", "Feeds", "Optimization", "Session", "import_onnxruntime"]
 
 Feeds = Mapping[str, NDArray[Any]]
 Optimization = Literal["disabled", "basic", "extended", "all"]
@@ -64,6 +64,9 @@ class Session:
         provider: ``cpu`` or ``cuda``.
         optimized_path: where the runtime writes the graph as it optimised it.
         config: further session configuration entries.
+        provider_options: options of the provider.
+        cpu_fallback: let the CPU run what another provider does not; otherwise that is a ModelError.
+        profile: prefix of the file that the runtime's profiler writes, see :meth:`end_profiling`.
 
     Raises:
         RuntimeUnavailableError: onnxruntime or the provider is missing.
@@ -79,6 +82,9 @@ class Session:
         provider: str = "cpu",
         optimized_path: str | os.PathLike[str] | None = None,
         config: Mapping[str, str] | None = None,
+        provider_options: Mapping[str, str] | None = None,
+        cpu_fallback: bool = False,
+        profile: Path | None = None,
     ) -> None:
         ort = import_onnxruntime()
         if provider not in PROVIDERS:
@@ -98,21 +104,29 @@ class Session:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # errors are raised; the runtime's own lines on stderr would tell them twice
-        if provider == "cuda":
+        if provider != "cpu" and not cpu_fallback:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = os.fspath(profile)
         for key, value in (config or {}).items():
             options.add_session_config_entry(key, value)
         if optimized_path is not None:
             options.optimized_model_filepath = os.fspath(optimized_path)
         source = _serialised(model)
+        # enable_fallback is the Python package's own: without the provider's libraries it goes on with the CPU
+        chosen: dict[str, Any] = {
+            "providers": [(PROVIDERS[provider], dict(provider_options or {}))],
+            "enable_fallback": 0,
+        }
         try:
             if isinstance(source, gs.Graph):
                 # The runtime has read or mapped the weights once it is open, so the files can go.
                 with tempfile.TemporaryDirectory(prefix="onnxcompress-", ignore_cleanup_errors=True) as folder:
                     path = os.fspath(write_files(source, folder))
-                    self._session = ort.InferenceSession(path, options, providers=[PROVIDERS[provider]])
+                    self._session = ort.InferenceSession(path, options, **chosen)
             else:
-                self._session = ort.InferenceSession(source, options, providers=[PROVIDERS[provider]])
+                self._session = ort.InferenceSession(source, options, **chosen)
         except OnnxCompressError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base below Exception
@@ -148,6 +162,56 @@ class Session:
 
         return bound
 
+    def bind_buffers(
+        self, feeds: Feeds, *, device: tuple[str, int] = ("cpu", 0), graph_id: int | None = None
+    ) -> BoundBuffers:
+        """As :meth:`bind`, with inputs and outputs in buffers on ``device`` that are filled and allocated here.
+
+        The run returns when the device is done. ``graph_id`` names the recorded CUDA graph that these buffers belong
+        to; -1 runs without recording one.
+        """
+        ort = import_onnxruntime()
+        given = {name: np.ascontiguousarray(feeds[name]) for name in self.input_names}
+        given |= {name: np.ascontiguousarray(feeds[name]) for name in self.optional_names if name in feeds}
+        try:
+            inputs = {name: ort.OrtValue.ortvalue_from_numpy(array, *device) for name, array in given.items()}
+            binding = self._session.io_binding()
+            for name, value in inputs.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self.output_names:
+                binding.bind_output(name, *device)
+            # The first run finds the shapes of the outputs; their buffers then stay where they are.
+            self._session.run_with_iobinding(binding, _run_options(ort, None if graph_id is None else -1))
+            outputs = list(binding.get_outputs())
+            for name, value in zip(self.output_names, outputs, strict=True):
+                binding.bind_ortvalue_output(name, value)
+        except Exception as error:
+            raise ModelError(f"onnxruntime cannot run the model: {_one_line(error)}") from error
+        return BoundBuffers(self._session, binding, inputs, outputs, _run_options(ort, graph_id))
+
+    @property
+    def providers(self) -> list[str]:
+        """The providers that the session was created with, by preference."""
+        return list(self._session.get_providers())
+
+    def assignment(self) -> list[tuple[str, str, str]]:
+        """(node, operator, provider) of each node.
+
+        Nodes are those of the graph when it was partitioned: after the basic optimisations, before the fusions.
+
+        Raises:
+            UsageError: ``config`` did not ask for it by ``session.record_ep_graph_assignment_info``.
+        """
+        try:
+            subgraphs = self._session.get_provider_graph_assignment_info()
+        except Exception as error:
+            raise UsageError(f"onnxruntime did not record where nodes run: {_one_line(error)}") from error
+        return [(node.name, node.op_type, subgraph.ep_name) for subgraph in subgraphs for node in subgraph.get_nodes()]
+
+    def end_profiling(self) -> str:
+        """Stop the profiler; the file that it wrote."""
+        return str(self._session.end_profiling())
+
     def input_specs(self) -> list[InputSpec]:
         """The inputs as the runtime sees them; overridable initializers come last and are marked optional.
 
@@ -164,6 +228,37 @@ class Session:
             shape = tuple(d if isinstance(d, int | str) and d != "" else None for d in tensor.shape)
             specs.append(InputSpec(tensor.name, np.dtype(dtype), shape, tensor.name in self.optional_names))
         return specs
+
+
+class BoundBuffers:
+    """Runs a session on buffers that were bound beforehand; ``outputs`` are overwritten by every run."""
+
+    def __init__(self, session: Any, binding: Any, inputs: Any, outputs: Sequence[Any], options: Any) -> None:
+        self._run = session.run_with_iobinding
+        self._binding = binding
+        self._inputs = inputs  # the binding does not keep them alive
+        self._options = options
+        self.outputs = outputs
+
+    def __call__(self) -> None:
+        """Run once and wait for the device.
+
+        Raises:
+            ModelError: the runtime fails.
+        """
+        try:
+            self._run(self._binding, self._options)
+            self._binding.synchronize_outputs()
+        except Exception as error:
+            raise ModelError(f"onnxruntime cannot run the model: {_one_line(error)}") from error
+
+
+def _run_options(ort: Any, graph_id: int | None) -> Any:
+    if graph_id is None:
+        return None
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    return options
 
 
 def _serialised(model: Graph | onnx.ModelProto | bytes | str | os.PathLike[str]) -> bytes | str | Graph:
