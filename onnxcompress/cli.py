@@ -553,17 +553,62 @@ def compare(
             )
 
 
-@cli.command(short_help="Time two models against each other, in pairs, with an interval.")
-@click.argument("a", type=_MODEL)
-@click.argument("b", type=_MODEL)
+class _BenchmarkCommand(click.Command):
+    """Reads ``--json FILE.json`` as ``--json-file FILE.json``, and a bare ``--json`` as the flag that it is elsewhere.
+
+    An optional value that could be anything would take the next model for it.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words: list[str] = []
+        for word in args:
+            option, equals, value = word.partition("=")
+            if option == "--json" and equals:
+                words.extend(("--json-file", value))
+            elif words[-1:] == ["--json"] and word.endswith(".json"):
+                words[-1:] = ["--json-file", word]
+            else:
+                words.append(word)
+        return super().parse_args(ctx, words)
+
+
+class _Numbers(click.ParamType[Any]):
+    """Whole numbers from 1 up (threads: from 0), separated by commas."""
+
+    name = "numbers"
+
+    def __init__(self, least: int, most: int) -> None:
+        self.least, self.most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = tuple(dict.fromkeys(int(part) for part in value.split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of integers like 1,4,16", param, ctx)
+        if not all(self.least <= number <= self.most for number in numbers):
+            self.fail(f"{value!r} has a number outside of {self.least} to {self.most}", param, ctx)
+        return numbers
+
+
+@cli.command(cls=_BenchmarkCommand, short_help="Time models against each other, in pairs, with an interval.")
+@click.argument("models", type=_MODEL, nargs=-1, required=True)
 @_data_options
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    metavar="NAME[,OPTION=VALUE...]",
+    help="onnxruntime:cpu (the default), onnxruntime:cuda or openvino; repeatable.",
+)
 @click.option(
     "--seconds",
     type=_Number(0, min_open=True),
     default=10.0,
     show_default=True,
     metavar="S",
-    help="About how long to measure.",
+    help="About how long to measure each comparison; less where its interval is narrow before.",
 )
 @click.option(
     "--sessions",
@@ -577,46 +622,121 @@ def compare(
     "--fail-if-slower-than",
     type=_Number(0, min_open=True),
     metavar="RATIO",
-    help="Exit with 5 where B surely runs at less than RATIO times A's speed.",
+    help="Exit with 5 where a model surely runs at less than RATIO times the first one's speed.",
 )
+@click.option(
+    "--output-check/--no-output-check",
+    default=True,
+    show_default=True,
+    help="Refuse to time models that do not compute the same thing.",
+)
+@click.option(
+    "--noise-floor/--no-noise-floor",
+    default=True,
+    show_default=True,
+    help="Time the first model against itself: what no difference looks like here.",
+)
+@click.option("--trace/--no-trace", default=False, help="Record the time of each operator.")
+@click.option(
+    "--cold-starts",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Start each model in N fresh processes, for load, first run and peak memory.",
+)
+@click.option(
+    "--throughput-batches", "batches", type=_Numbers(1, 1 << 20), metavar="N,N,...", help="Batches to run, one by one."
+)
+@click.option(
+    "--throughput-threads",
+    "thread_counts",
+    type=_Numbers(0, max(64, os.cpu_count() or 1)),
+    metavar="N,N,...",
+    help="Thread counts to run them with.",
+)
+@click.option(
+    "--isolate/--no-isolate", default=None, help="One process a model and runtime; default: where runtimes clash."
+)
+@click.option("--report", type=_FILE, metavar="FILE", help="Write the full report as JSON.")
+@click.option(
+    "--json-file", type=_FILE, metavar="FILE.json", help="The same; `--json FILE.json` is short for it.", hidden=True
+)
+@click.option("--save-samples", type=_FILE, metavar="FILE.npz", help="Write every time that was taken, in nanoseconds.")
 @_output_options
 @pass_terminal
 def benchmark(
     terminal: Terminal,
     /,
-    a: str,
-    b: str,
+    models: tuple[str, ...],
     fail_if_slower_than: float | None,
-    seconds: float,
-    sessions: int,
+    report: str | None,
+    json_file: str | None,
+    save_samples: str | None,
+    runtimes: tuple[str, ...],
     threads: int,
     seed: int | None,
     batch: int | None,
-    **data: Any,
+    data: str | None,
+    preprocess: str | None,
+    samples: int | None,
+    **options: Any,
 ) -> None:
-    """Time B against A: pairs in random order, one thread unless --threads says otherwise; above 1 B is faster."""
-    from onnxcompress.benchmark import benchmark as run
-    from onnxcompress.compress import slower_error
-    from onnxcompress.report import SCHEMA, print_benchmark
+    """Time MODELS on every runtime: pairs in random order, one thread unless --threads says otherwise.
 
-    with _samples(terminal, a, b, seed=seed, batch=batch, **data) as samples:
-        for candidate in terminal.progress.track((b,), f"timing both models, about {seconds:g} s", 1):
-            result = run(
-                a,
-                candidate,
-                samples,
-                threads=threads or 1,
-                sessions=sessions,
-                seconds=seconds,
-                batch=batch,
-                seed=seed or 0,
-                progress=terminal.progress,
-            )
-    print_benchmark(terminal.human, result)
-    terminal.result({"schema": SCHEMA, **result.to_dict()})
-    failure = slower_error(result, fail_if_slower_than) if fail_if_slower_than is not None else None
-    if failure is not None:
-        raise failure
+    The first model and the first runtime are what the others are compared with; above 1 the other one is faster.
+    `--json` prints JSON on stdout, `--json FILE.json` writes it to a file.
+    """
+    files = {"the report": report, "the JSON file": json_file, "the samples": save_samples}
+    _check_outputs(files, models, {"the data": data, "the preprocessing": preprocess})
+    from onnxcompress.benchmark import benchmark_models
+    from onnxcompress.compress import slower_error
+    from onnxcompress.report import matrix_report, print_matrix, to_json, write_samples, write_text
+
+    given = {name: value for name, value in options.items() if value is not None}
+    with _samples(
+        terminal, models[0], models[-1], data=data, preprocess=preprocess, batch=batch, samples=samples, seed=seed
+    ) as dataset:
+        result = benchmark_models(
+            models,
+            dataset,
+            runtimes=runtimes or ("onnxruntime:cpu",),
+            threads=threads or 1,
+            batch=batch,
+            seed=seed or 0,
+            progress=terminal.progress,
+            **given,
+        )
+    full = matrix_report(result)
+    for path in (report, json_file):
+        if path is not None:
+            write_text(path, to_json(full) + "\n")
+    if save_samples is not None:
+        write_samples(save_samples, result)
+    print_matrix(terminal.human, result)
+    terminal.warn(result.warnings)
+    terminal.result(full)
+    failed = [variant for variant in result.variants if variant.failure is not None]
+    if failed and failed[0].failure is not None:
+        raise failed[0].failure.raised(f"{len(failed)} of {len(result.variants)} not timed: ")
+    if fail_if_slower_than is not None:
+        for comparison in (c for c in result.comparisons if c.kind == "model"):
+            slower = slower_error(comparison.result, fail_if_slower_than)
+            if slower is not None:
+                raise slower
+
+
+def _check_outputs(files: Mapping[str, str | None], models: Sequence[str], read: Mapping[str, str | None]) -> None:
+    """Refuse files that cannot be written, or that would replace one that is read or written too."""
+    from onnxcompress.destination import checked_destination
+    from onnxcompress.io import model_files
+
+    others: dict[str, Any] = {**read, **{f"model {number}": model for number, model in enumerate(models, 1)}}
+    for what, path in files.items():
+        if path is not None:
+            if checked_destination(path, others).exists():
+                for model in models:
+                    checked_destination(path, {f"the model's {file.name}": file for file in model_files(model)})
+            others[what] = path
 
 
 def _samples(

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cpu_flags", "cpu_quota", "describe_environment", "has_int8_dot_product", "saturation_note"]
+__all__ = [
+    "cpu_flags",
+    "cpu_quota",
+    "describe_environment",
+    "environment_warnings",
+    "frequency_governor",
+    "gpus",
+    "has_int8_dot_product",
+    "saturation_note",
+]
 
 #: instruction sets that matter to float32 and int8 kernels, as Linux spells them
 _INSTRUCTION_SETS = (
@@ -27,7 +40,16 @@ _INSTRUCTION_SETS = (
     "sve",
 )
 
-_PACKAGES = ("onnxcompress", "onnxruntime", "onnxruntime-gpu", "onnx", "onnx-graphsurgeon", "numpy")
+_PACKAGES = (
+    "onnxcompress",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnx",
+    "onnx-graphsurgeon",
+    "numpy",
+    "openvino",
+    "torch",
+)
 
 
 def describe_environment() -> dict[str, Any]:
@@ -35,7 +57,8 @@ def describe_environment() -> dict[str, Any]:
 
     Keys: date (UTC), platform, python, versions (of packages that are installed), cpu, instruction_sets, int8 (True
     where the CPU multiplies bytes without saturating, None where that is not known), cores, usable_cores,
-    cpu_quota (in cores, None: no limit), load_1min.
+    cpu_quota (in cores, None: no limit), governor (of the clock frequency, None: not known), virtual (True in a virtual
+    machine), memory_bytes, gpus, load_1min.
     """
     flags = cpu_flags()
     return {
@@ -49,6 +72,10 @@ def describe_environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "usable_cores": _usable_cores(),
         "cpu_quota": cpu_quota(),
+        "governor": frequency_governor(),
+        "virtual": "hypervisor" in flags if flags else None,
+        "memory_bytes": _memory(),
+        "gpus": gpus(),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
@@ -96,6 +123,68 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
         return int(quota) / int(period)
     except (OSError, ValueError):
         return None
+
+
+def frequency_governor(root: Path = Path("/sys/devices/system/cpu")) -> str | None:
+    """What Linux chooses the clock frequency by, where it does; several are joined by commas."""
+    found = set()
+    for file in root.glob("cpu[0-9]*/cpufreq/scaling_governor"):
+        with suppress(OSError):
+            found.add(file.read_text().strip())
+    return ", ".join(sorted(found)) or None
+
+
+def gpus() -> list[dict[str, Any]]:
+    """The NVIDIA GPUs as their driver tells: index, name, driver, memory_mib; none without the driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, "--query-gpu=index,name,driver_version,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines() if line.count(",") == 3]
+        return [
+            {"index": int(index), "name": name, "driver": driver, "memory_mib": int(memory)}
+            for index, name, driver, memory in rows
+        ]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def environment_warnings(environment: Mapping[str, Any], *, threads: int, integer: bool) -> list[str]:
+    """What in ``environment`` spoils times taken there.
+
+    Args:
+        environment: what :func:`describe_environment` gives.
+        threads: threads of a model; 0: as many as there are cores.
+        integer: an 8-bit model is among those that are timed.
+    """
+    warnings = []
+    cores = environment.get("usable_cores") or 1
+    wanted = threads or cores
+    load, quota = environment.get("load_1min"), environment.get("cpu_quota")
+    governor = environment.get("governor")
+    if load is not None and load > 0.5 * cores:
+        warnings.append(f"the load was {load:g} on {cores} cores when the run began: others use this machine too")
+    if wanted > cores:
+        warnings.append(f"{wanted} threads on {cores} cores wait for each other")
+    if quota is not None and wanted > quota:
+        warnings.append(
+            f"{wanted} threads may use {quota:g} cores at once only, and are stopped for a while above that"
+        )
+    if governor is not None and governor != "performance":
+        warnings.append(f"the clock follows the load (governor {governor}); set it to performance for steady times")
+    if integer and environment.get("int8") is False:
+        warnings.append(
+            "this processor has no VNNI or AMX: 8-bit models are slower here than on one that has, and may saturate"
+        )
+    return warnings
+
+
+def _memory() -> int | None:
+    with suppress(ValueError, OSError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def _usable_cores() -> int | None:

@@ -10,7 +10,7 @@ from onnxcompress.benchmark import BenchmarkResult
 from onnxcompress.errors import SlowerError
 from onnxcompress.evaluate import LabelRanks
 from onnxcompress.quantization.gauge import Goal
-from onnxcompress.verify import OutputComparison, agreement
+from onnxcompress.verify import LEAST_SQNR, OutputComparison, agreement
 
 __all__ = [
     "DEFAULT_DROP",
@@ -27,8 +27,6 @@ __all__ = [
 
 #: points that the task metric may lose where nobody says
 DEFAULT_DROP = 0.5
-#: SQNR in dB below which a result computes something else, whatever the task: its error is a third of the signal
-LEAST_SQNR = 10.0
 
 
 @dataclass(frozen=True)

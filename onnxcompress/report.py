@@ -7,6 +7,7 @@ strict, so what is not finite (the SQNR of equal outputs) is written as null.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from onnxcompress.base import PassReport, Refusal
-    from onnxcompress.benchmark import BenchmarkResult
+    from onnxcompress.benchmark import BenchmarkResult, MatrixResult
+    from onnxcompress.benchmark.matrix import Comparison, Variant
     from onnxcompress.compress import CompressResult
     from onnxcompress.inspect_model import CoupledChannels, Inspection, PlannedNode
     from onnxcompress.islands import TimedIslands
@@ -39,15 +41,18 @@ __all__ = [
     "SCHEMA",
     "comparison_report",
     "compress_report",
+    "matrix_report",
     "print_benchmark",
     "print_comparisons",
     "print_compress",
     "print_inspection",
+    "print_matrix",
     "print_plan",
     "print_sensitivity",
     "print_warnings",
     "printable",
     "to_json",
+    "write_samples",
     "write_text",
 ]
 
@@ -127,6 +132,57 @@ def _pass_report(report: PassReport) -> dict[str, Any]:
     }
 
 
+def matrix_report(result: MatrixResult) -> dict[str, Any]:
+    """Everything that is known about one run of many models on many runtimes, as plain data.
+
+    Where two models were compared on one runtime, the keys of that comparison stand at the top too.
+    """
+    models = [comparison for comparison in result.comparisons if comparison.kind == "model"]
+    alone = len(result.models) == 2 and len(result.runtimes) == 1 and len(models) == 1
+    return {
+        "schema": SCHEMA,
+        **(models[0].result.to_dict() if alone else {}),
+        "kind": "benchmark",
+        "tool": {"name": "onnxcompress", "version": __version__},
+        "models": [asdict(model) | {"path": str(model.path)} for model in result.models],
+        "runtimes": [
+            {"spec": spec, "facts": None if facts is None else asdict(facts)}
+            for spec, facts in zip(result.runtimes, result.facts, strict=True)
+        ],
+        "reference_runtime": asdict(result.reference),
+        "variants": [_variant_report(result, variant) for variant in result.variants],
+        "comparisons": [
+            {
+                "kind": comparison.kind,
+                "reference": comparison.reference,
+                "candidate": comparison.candidate,
+                **{key: value for key, value in comparison.result.to_dict().items() if key != "environment"},
+            }
+            for comparison in result.comparisons
+        ],
+        "output_check": result.output_check,
+        "isolated": result.isolated,
+        "threads": result.threads,
+        "batch": result.batch,
+        "seed": result.seed,
+        "samples": result.samples,
+        "total_seconds": result.seconds,
+        "warnings": list(result.warnings),
+        "environment": dict(result.environment),
+    }
+
+
+def _variant_report(result: MatrixResult, variant: Variant) -> dict[str, Any]:
+    trace = variant.trace
+    return {
+        **asdict(variant),
+        "label": result.label(variant),
+        "outputs": [comparison_report(output) for output in variant.outputs],
+        "against_first": [comparison_report(output) for output in variant.against_first],
+        "trace": None if trace is None else {**asdict(trace), "by_operator": trace.by_operator()},
+    }
+
+
 def comparison_report(output: OutputComparison) -> dict[str, Any]:
     """One compared output; ``equal`` tells the infinite SQNR of equal outputs from one that is not a number."""
     return {**asdict(output), "equal": output.max_abs == 0.0}
@@ -155,6 +211,27 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def write_samples(path: str | os.PathLike[str], result: MatrixResult) -> None:
+    """Write every time that was taken to the ``.npz`` file ``path``.
+
+    For comparison ``i`` of the report it holds ``i/reference_ns`` and ``i/candidate_ns`` (one integer a run, all
+    sessions in order) and ``i/session_log_ratios`` (one number a session).
+
+    Raises:
+        UsageError, ResourceError: as :func:`write_text`.
+    """
+    import numpy as np
+
+    arrays = {
+        f"{index}/{name}": values
+        for index, comparison in enumerate(result.comparisons)
+        for name, values in vars(comparison.samples).items()
+    }
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    _write(path, content.getvalue())
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` to ``path`` so that the file is there whole or not at all.
 
@@ -162,14 +239,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         UsageError: the file cannot be written there.
         ResourceError: the disk is full.
     """
+    _write(path, text.encode("utf-8"))
+
+
+def _write(path: str | os.PathLike[str], content: bytes) -> None:
     target = Path(path)
     temporary: str | None = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=".onnxcompress-", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".onnxcompress-", delete=False) as file:
             temporary = file.name
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())
@@ -543,6 +622,73 @@ def print_benchmark(console: Console, result: BenchmarkResult) -> None:
     table.caption = f"{result.pairs} pairs in {result.sessions} sessions; in brackets the 95 % interval of A / B"
     table.caption_justify = "left"
     console.print(table)
+
+
+def print_matrix(console: Console, result: MatrixResult) -> None:
+    """A row a variant: its time, how that compares, and how right its outputs are; a failure with its reason."""
+    pairs = {c.candidate: c for c in result.comparisons if c.kind != "noise"}
+    failed = [variant for variant in result.variants if variant.failure is not None]
+    if len(pairs) == 1 and not failed and len(result.models) == 2 and len(result.runtimes) == 1:
+        print_benchmark(console, next(iter(pairs.values())).result)
+    elif len(failed) < len(result.variants):
+        _print_variants(console, result, pairs)
+    for comparison in result.comparisons:
+        if comparison.kind == "noise":
+            label = printable(result.label(result.variants[comparison.reference]))
+            _print_line(console, f"noise floor: {label} against itself {_ratio(comparison.result)}")
+    for variant in failed:
+        if variant.failure is not None:
+            label = printable(result.label(variant))
+            _print_line(console, f"not timed: {label}: {printable(variant.failure.message)}", style="red")
+    for variant in result.variants:
+        for figure in variant.throughput:
+            rate = figure.samples_per_second
+            what = f"not measured: {printable(figure.reason or '')}" if rate is None else f"{rate:.4g} samples/s"
+            label = printable(result.label(variant))
+            threads = "threads chosen by the runtime" if not figure.threads else f"{figure.threads} threads"
+            _print_line(console, f"throughput: {label}, batch {figure.batch}, {threads}: {what}")
+    _print_placement(console, result)
+
+
+def _print_variants(console: Console, result: MatrixResult, pairs: Mapping[int, Comparison]) -> None:
+    table = _table("", "median", "p90", "output error", "cold start", "peak memory", "speed, and of what")
+    for position, variant in enumerate(result.variants):
+        timing, pair, start = variant.timing, pairs.get(position), variant.cold_start
+        if timing is None:
+            continue
+        told = "" if pair is None else f"{_ratio(pair.result)} vs {_other(result, pair)}"
+        shown = next((o for o in variant.against_first if o.equal_elements is None), None)
+        table.add_row(
+            printable(result.label(variant)),
+            _seconds(timing.median_s),
+            "" if timing.p90_s is None else _seconds(timing.p90_s),
+            "" if shown is None else "none" if shown.sqnr_db == math.inf else _decibel(shown.sqnr_db),
+            "" if start is None else _seconds(start.total_s),
+            "" if start is None or start.peak_bytes is None else _bytes(start.peak_bytes),
+            printable(told),
+        )
+    first = printable(result.models[0].name)
+    table.caption = f"output error: SQNR to {first} on the reference, onnxruntime:cpu; in brackets the 95 % interval"
+    table.caption_justify = "left"
+    console.print(table)
+
+
+def _other(result: MatrixResult, pair: Comparison) -> str:
+    """What the candidate of a comparison is held against, by what tells them apart."""
+    reference = result.variants[pair.reference]
+    return result.runtimes[reference.runtime] if pair.kind == "runtime" else result.models[reference.model].name
+
+
+def _print_placement(console: Console, result: MatrixResult) -> None:
+    """Where nodes run, where that is more than one place."""
+    for variant in result.variants:
+        if len({placed.provider.split()[0] for placed in variant.placement}) < 2:
+            continue
+        macs = result.models[variant.model].macs
+        _print_line(console, f"placement of {printable(result.label(variant))}:")
+        for placed in variant.placement:
+            share = f", {_share(placed.macs, macs)} of the MACs" if placed.macs else ""
+            _print_line(console, f"  {printable(placed.provider)}: {placed.nodes} nodes{share}")
 
 
 def _shape(shape: Sequence[int | str | None] | None) -> str:

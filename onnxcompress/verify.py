@@ -27,12 +27,14 @@ from onnxcompress.errors import DataError, ModelError, OnnxCompressError, UsageE
 from onnxcompress.graph import Graph
 from onnxcompress.session import Optimization, Session
 
-__all__ = ["OutputComparison", "Run", "agreement", "check_equivalent", "compare"]
+__all__ = ["LEAST_SQNR", "OutputComparison", "Run", "agreement", "check_equivalent", "compare"]
 
 #: feeds in, {output name: array} out
 Run = Callable[[dict[str, NDArray[Any]]], Mapping[str, Any]]
 Model = Graph | str | os.PathLike[str] | Run
 
+#: SQNR in dB below which a result computes something else, whatever the task: its error is a third of the signal
+LEAST_SQNR = 10.0
 #: elements that are converted to float64 at a time
 _CHUNK = 1 << 20
 

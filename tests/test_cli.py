@@ -265,6 +265,44 @@ def test_benchmark_models(call: Callable[..., Result]) -> None:
     assert call("benchmark MODEL MODEL --seconds 0.2 --sessions 6 --fail-if-slower-than 100").exit_code == 5
 
 
+QUICK = "--seconds 0.1 --sessions 6 --no-noise-floor"
+
+
+def test_benchmark_writes_files(call: Callable[..., Result], tmp_path: Path) -> None:
+    result = call(f"benchmark MODEL MODEL {QUICK} --json out.json --report full.json --save-samples times.npz --trace")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert json.loads((tmp_path / "full.json").read_text()) == report
+    assert report["schema"] == 1
+    assert report["comparisons"][0]["verdict"] in result.stdout, "the table is on stdout as well"
+    assert report["variants"][0]["trace"]["nodes"]
+    with np.load(tmp_path / "times.npz", allow_pickle=False) as times:
+        assert len(times["0/reference_ns"]) == report["variants"][0]["timing"]["runs"]
+    assert call(f"benchmark MODEL MODEL {QUICK} --json=other.json").exit_code == 0
+    assert (tmp_path / "other.json").exists()
+
+
+def test_a_bare_json_option_takes_no_model_for_its_file(call: Callable[..., Result], folder: Path) -> None:
+    before = (folder / "model.onnx").read_bytes()
+    result = call(f"benchmark --json MODEL MODEL {QUICK}")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["models"]) == 2
+    assert (folder / "model.onnx").read_bytes() == before
+
+
+def test_benchmark_of_one_model_and_of_a_runtime_that_is_not_there(call: Callable[..., Result]) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    result = call(f"benchmark MODEL {QUICK} --runtime onnxruntime:cpu --runtime onnxruntime:cuda --json")
+    assert result.exit_code == 6
+    assert "pip install 'onnxcompress[gpu]'" in result.stderr.splitlines()[-1]
+    variants = json.loads(result.stdout)["variants"]
+    assert [v["failure"] is None for v in variants] == [True, False]
+    assert [v["timing"] is None for v in variants] == [False, True], "no CPU time under the name of CUDA"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Exit codes
 
@@ -281,6 +319,11 @@ FAILURES = {
     "a name that is no text": (COMPRESS.replace("out.onnx", "\udcff.onnx"), 2, "no UTF-8"),
     "models with different inputs": ("compare MODEL OTHER", 2, "the models have different inputs"),
     "a model that the runtime cannot open": ("compare CUSTOM CUSTOM", 3, "onnxruntime cannot open the model"),
+    "no runtime of that name": ("benchmark MODEL MODEL --runtime tensorrt", 2, "unknown runtime 'tensorrt'"),
+    "samples over a model": ("benchmark MODEL MODEL --save-samples MODEL", 2, "is model 1 itself"),
+    "JSON over the report": ("benchmark MODEL --report r.json --json r.json", 2, "is the report itself"),
+    "no batches": ("benchmark MODEL MODEL --throughput-batches 1,x", 2, "'1,x' is not a list of integers"),
+    "models with other inputs": ("benchmark MODEL OTHER", 2, "the models have different inputs"),
     "no second model": ("compare MODEL nowhere.onnx", 2, "nowhere.onnx does not exist"),
     "no number": ("compress MODEL --data DATA -o out.onnx --samples x", 2, "'x' is not an integer; see"),
     "not a number": ("compress MODEL --data DATA -o out.onnx --max-drop nan", 2, "nan is not a finite number"),

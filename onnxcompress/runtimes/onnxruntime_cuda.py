@@ -7,7 +7,6 @@ device, so that what is timed is the model and not the bus, and every run waits 
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 from pydantic import model_validator
 
+from onnxcompress.environment import gpus
 from onnxcompress.errors import ModelError, RuntimeUnavailableError
 from onnxcompress.runtimes.base import Feeds, Opened, Source, one_line
 from onnxcompress.runtimes.onnxruntime_cpu import CpuOptions, OnnxRuntimeCpu, OpenedSession, installed_builds
@@ -119,7 +119,8 @@ class OnnxRuntimeCuda(OnnxRuntimeCpu):
     def device(self) -> str:
         options = self.options
         assert isinstance(options, CudaOptions)
-        return gpu_names().get(options.device_id, f"CUDA device {options.device_id}")
+        names = {gpu["index"]: str(gpu["name"]) for gpu in gpus()}
+        return names.get(options.device_id, f"CUDA device {options.device_id}")
 
     def precision(self) -> str:
         options = self.options
@@ -159,14 +160,3 @@ def fallback_message(spec: str, provider: str, assignment: Sequence[tuple[str, s
         f"{spec}: {len(strays)} of {len(assignment)} nodes would not run on {provider}: {listed}{more}; such a time "
         "would not be that provider's. Change the model, or add cpu_fallback=allow to time it so"
     )
-
-
-def gpu_names() -> dict[int, str]:
-    """{index: name} of the NVIDIA GPUs, as the driver tells them; empty where there is none."""
-    command = ["nvidia-smi", "--query-gpu=index,name", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    pairs = (line.partition(",") for line in answer.splitlines() if "," in line)
-    return {int(index): name.strip() for index, _, name in pairs if index.strip().isdigit()}

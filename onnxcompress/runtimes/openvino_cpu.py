@@ -41,8 +41,8 @@ class OpenVinoOptions(Options):
     precision: Literal["f32", "bf16", "f16"] = "f32"
     #: requests that the plug-in may run at once; one at a time is what latency means
     streams: int = 1
-    #: bind threads to cores
-    pinning: bool = True
+    #: bind threads to cores: steadier on an idle machine, and at the mercy of whoever else is on that core on another
+    pinning: bool = False
 
 
 class OpenVinoCpu(Runtime):
@@ -121,14 +121,19 @@ class _OpenedOpenVino(Opened):
 
     def infer(self, request: Any, feeds: Feeds) -> Any:
         """Run ``feeds`` in ``request``."""
+        given = self._given(feeds)
+        try:
+            return request.infer(dict(enumerate(given)), share_inputs=True)
+        except Exception as error:
+            raise ModelError(f"OpenVINO cannot run the model: {one_line(error)}") from error
+
+    def _given(self, feeds: Feeds) -> list[NDArray[Any]]:
+        """The arrays of the inputs in order."""
         given = contiguous(feeds, self.input_names)
         missing = [name for name in self.input_names if name not in given]
         if missing:
             raise ModelError(f"OpenVINO cannot run the model: there is no input {', '.join(map(repr, missing))}")
-        try:
-            return request.infer({index: given[name] for index, name in enumerate(self.input_names)}, share_inputs=True)
-        except Exception as error:
-            raise ModelError(f"OpenVINO cannot run the model: {one_line(error)}") from error
+        return [given[name] for name in self.input_names]
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         self.infer(self.request, feeds)
@@ -137,9 +142,14 @@ class _OpenedOpenVino(Opened):
 
     def bind(self, feeds: Feeds) -> Callable[[], Any]:
         """A request of its own for ``feeds``, whose inputs are set once and read in place."""
+        ov = _import_openvino()
         request = self._compiled.create_infer_request()
-        self.infer(request, feeds)  # sets the inputs, which stay
-
+        try:
+            for index, array in enumerate(self._given(feeds)):
+                writeable = array if array.flags.writeable else array.copy()  # it shares no other memory
+                request.set_input_tensor(index, ov.Tensor(writeable, shared_memory=True))
+        except Exception as error:
+            raise ModelError(f"OpenVINO cannot run the model: {one_line(error)}") from error
         start, wait = request.start_async, request.wait
 
         def bound() -> None:

@@ -17,9 +17,9 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from math import ceil, exp, log
 from pathlib import Path
@@ -27,11 +27,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from onnxcompress.base import Progress, SilentProgress
+from onnxcompress.benchmark.runners import LocalRunner, Runner
 from onnxcompress.environment import describe_environment
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph
+from onnxcompress.runtimes import get_runtime
 from onnxcompress.session import Feeds, Session
 from onnxcompress.statistics import (
     FEWEST_SESSIONS,
@@ -42,7 +45,18 @@ from onnxcompress.statistics import (
     verdict,
 )
 
-__all__ = ["BenchmarkResult", "Model", "ModelTiming", "benchmark"]
+__all__ = [
+    "FEEDS",
+    "BenchmarkResult",
+    "Model",
+    "ModelTiming",
+    "Samples",
+    "Subject",
+    "benchmark",
+    "compare_subjects",
+    "measured",
+    "paired_feeds",
+]
 
 Model = Graph | onnx.ModelProto | bytes | str | os.PathLike[str]
 
@@ -54,7 +68,6 @@ FEEDS = 8
 SAMPLE_NS = 200_000
 #: seconds of pairs that a session is worth creating for, where creating it takes less
 SESSION_SECONDS = 0.1
-Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,9 @@ class ModelTiming:
     first_run_s: float
     #: the file with its external data; for a model in memory, its size when serialised
     bytes_on_disk: int
+    #: of the timed runs: edges of equal bins up to the last one, which holds everything above
+    histogram_edges_s: tuple[float, ...] = ()
+    histogram_counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,17 +158,65 @@ def benchmark(
         ModelError: the runtime cannot open or run a model.
         RuntimeUnavailableError: onnxruntime or the provider is missing.
     """
+    _check(sessions, seconds, threads)
+    environment = describe_environment()
+    runtime = get_runtime(f"onnxruntime:{provider}")
+    sizes, sources = zip(*(measured(model) for model in (reference, candidate)), strict=True)
+    feeds = paired_feeds(sources, data, batch)
+    subjects = [
+        Subject(LocalRunner(runtime, source, threads), size) for source, size in zip(sources, sizes, strict=True)
+    ]
+    for subject in subjects:
+        subject.runner.feed(feeds)
+    result, _ = compare_subjects(
+        subjects[0],
+        subjects[1],
+        len(feeds),
+        sessions=sessions,
+        seconds=seconds,
+        seed=seed,
+        progress=progress,
+    )
+    return replace(result, threads=threads, provider=provider, batch=batch, environment=environment)
+
+
+def _check(sessions: int, seconds: float, threads: int) -> None:
     if sessions < FEWEST_SESSIONS:
         raise UsageError(f"sessions is {sessions}; an interval needs {FEWEST_SESSIONS} or more")
     if not seconds > 0:
         raise UsageError(f"seconds is {seconds}; expected more than 0")
     if threads < 0:
         raise UsageError(f"threads is {threads}; expected 1 or more, or 0 to let the runtime choose")
-    environment = describe_environment()
-    models = (_Subject(reference, threads, provider), _Subject(candidate, threads, provider))
-    feeds = _feeds(models, data, batch)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Everything that was timed in one comparison."""
+
+    #: nanoseconds of each run
+    reference_ns: NDArray[np.int64]
+    candidate_ns: NDArray[np.int64]
+    #: the log ratio of each session
+    session_log_ratios: NDArray[np.float64]
+
+
+def compare_subjects(
+    reference: Subject,
+    candidate: Subject,
+    feeds: int,
+    *,
+    sessions: int = 10,
+    seconds: float = 10.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[BenchmarkResult, Samples]:
+    """Time two subjects, which were fed ``feeds`` batches, against each other; arguments as :func:`benchmark` has them.
+
+    The result knows nothing of threads, provider, batch and environment; whoever calls does.
+    """
+    _check(sessions, seconds, 0)
     generator = np.random.default_rng(seed)
-    timing = _Timing(models, feeds, generator, seconds / sessions)
+    timing = _Timing((reference, candidate), feeds, generator, seconds / sessions)
     start = time.perf_counter()
 
     def out_of_time(count: int) -> bool:
@@ -163,7 +227,7 @@ def benchmark(
     with (progress or SilentProgress()).paused(), _no_garbage_collection():
         log_ratios = (timing.session(first) for first in _balanced(generator))
         centre, low, high, used = sequential_interval(log_ratios, sessions, out_of_time, seed=seed)
-    return BenchmarkResult(
+    result = BenchmarkResult(
         ratio=exp(centre),
         low=exp(low),
         high=exp(high),
@@ -171,16 +235,17 @@ def benchmark(
         pairs=timing.pairs,
         sessions=len(used),
         runs_per_sample=timing.runs_per_sample,
-        reference=models[0].timing(),
-        candidate=models[1].timing(),
+        reference=reference.timing(),
+        candidate=candidate.timing(),
         session_ratios=tuple(exp(value) for value in used),
-        threads=threads,
-        provider=provider,
-        batch=batch,
+        threads=0,
+        provider="",
+        batch=None,
         seed=seed,
         seconds=round(time.perf_counter() - start, 3),
-        environment=environment,
+        environment={},
     )
+    return result, Samples(np.array(reference.runs), np.array(candidate.runs), np.array(used))
 
 
 def _balanced(generator: np.random.Generator) -> Iterator[int]:
@@ -203,36 +268,27 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _Subject:
+class Subject:
     """A model under test and the times taken of it."""
 
-    def __init__(self, model: Model, threads: int, provider: str) -> None:
-        self.bytes_on_disk, self.source = _measured(model)
-        self._threads, self._provider = threads, provider
+    def __init__(self, runner: Runner, bytes_on_disk: int) -> None:
+        self.runner = runner
+        self.bytes_on_disk = bytes_on_disk
         self.creation: list[float] = []
         self.first_run: list[float] = []
         #: nanoseconds of each timed run
         self.runs: list[int] = []
 
-    def session(self) -> Session:
-        """A new session."""
-        return Session(self.source, threads=self._threads, provider=self._provider)
-
-    def start(self, feeds: Sequence[Feeds]) -> list[Run]:
+    def open(self) -> None:
         """A new session, run once; what it took is recorded."""
-        begin = time.perf_counter()
-        session = self.session()
-        created = time.perf_counter()
-        runs = [session.bind(f) for f in feeds]
-        ready = time.perf_counter()
-        runs[0]()
-        self.first_run.append(time.perf_counter() - ready)
-        self.creation.append(created - begin)
-        return runs
+        started = self.runner.open()
+        self.first_run.append(started.first_run_s)
+        self.creation.append(started.creation_s)
 
     def timing(self) -> ModelTiming:
         """The times in seconds."""
         runs = np.array(self.runs) / 1e9
+        edges, counts = histogram(runs)
         return ModelTiming(
             median_s=float(np.median(runs)),
             p50_s=percentile(runs, 50),
@@ -243,10 +299,20 @@ class _Subject:
             session_creation_s=float(np.median(self.creation)),
             first_run_s=float(np.median(self.first_run)),
             bytes_on_disk=self.bytes_on_disk,
+            histogram_edges_s=edges,
+            histogram_counts=counts,
         )
 
 
-def _measured(model: Model) -> tuple[int, bytes | Path]:
+def histogram(values: NDArray[np.float64], bins: int = 60) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """(edges, counts) of ``values``; the few that lie far above the rest are all in the last bin, which has no end."""
+    low, high = float(values.min()), float(np.percentile(values, 98))
+    edges = np.linspace(low, max(high, low * 1.001), bins)
+    counts, _ = np.histogram(values, np.append(edges, np.inf))
+    return tuple(edges.tolist()), tuple(counts.tolist())
+
+
+def measured(model: Model) -> tuple[int, bytes | Path]:
     """(bytes, what sessions are created from): a file stays a file, everything else is serialised once."""
     if isinstance(model, str | os.PathLike):
         from onnxcompress.io import model_bytes
@@ -261,18 +327,24 @@ def _measured(model: Model) -> tuple[int, bytes | Path]:
     return len(content), content
 
 
-def _feeds(models: tuple[_Subject, _Subject], data: Any, batch: int | None) -> list[Feeds]:
-    """The first batches of ``data``, checked against both models."""
+def paired_feeds(sources: Sequence[bytes | Path], data: Any, batch: int | None) -> list[Feeds]:
+    """The first batches of ``data``, checked against all the models, the first of which says what is expected.
+
+    Raises:
+        UsageError: the models have different inputs.
+        DataError: the data does not fit.
+    """
     from onnxcompress.data import open_data
 
-    specs = models[0].session().input_specs()
-    others = models[1].session().input_specs()
-    names, other_names = sorted(s.name for s in specs), sorted(s.name for s in others)
-    if names != other_names:
-        raise UsageError(
-            f"the models have different inputs, {', '.join(names)} and {', '.join(other_names)}; "
-            "give two models that take the same data"
-        )
+    specs, *others = (Session(source, threads=1).input_specs() for source in sources)
+    names = sorted(s.name for s in specs)
+    for other in others:
+        other_names = sorted(s.name for s in other)
+        if names != other_names:
+            raise UsageError(
+                f"the models have different inputs, {', '.join(names)} and {', '.join(other_names)}; "
+                "give two models that take the same data"
+            )
     feeds: list[Feeds] = [b.feeds for b in islice(open_data(data, specs, batch=batch), FEEDS)]
     missing = [s.name for s in specs if not s.optional and s.name not in feeds[0]]
     if missing:
@@ -285,12 +357,12 @@ class _Timing:
 
     def __init__(
         self,
-        models: tuple[_Subject, _Subject],
-        feeds: Sequence[Feeds],
+        subjects: tuple[Subject, Subject],
+        feeds: int,
         generator: np.random.Generator,
         seconds_per_session: float,
     ) -> None:
-        self._models = models
+        self._subjects = subjects
         self._feeds = feeds
         self._generator = generator
         self._seconds = seconds_per_session
@@ -299,10 +371,18 @@ class _Timing:
 
     def session(self, first: int) -> float:
         """Create both sessions, the one of model ``first`` first, and time pairs of samples: their log ratio."""
+        try:
+            return self._session(first)
+        finally:
+            for subject in self._subjects:
+                subject.runner.close()
+
+    def _session(self, first: int) -> float:
         begin = time.perf_counter()
         sequence = (first, 1 - first)
-        runs = {index: self._models[index].start(self._feeds) for index in sequence}
-        warm = [_warm_up(runs[index]) for index in sequence]
+        for index in sequence:
+            self._subjects[index].open()
+        warm = [warm_up(self._subjects[index].runner, self._feeds) for index in sequence]
         if not self.runs_per_sample:
             self.runs_per_sample = max(1, ceil(SAMPLE_NS / 1e9 / min(warm)))
         preparation = time.perf_counter() - begin
@@ -313,8 +393,8 @@ class _Timing:
             order = (0, 1) if reference_first[i] else (1, 0)
             total = [0, 0]
             for index in order:
-                taken = _sample(runs[index][i % len(self._feeds)], self.runs_per_sample)
-                self._models[index].runs.extend(taken)
+                taken = self._subjects[index].runner.sample(i % self._feeds, self.runs_per_sample)
+                self._subjects[index].runs.extend(taken)
                 total[index] = sum(taken)
             log_ratios[i] = log(max(total[0], 1) / max(total[1], 1))
         self.pairs += count
@@ -326,31 +406,15 @@ class _Timing:
         return int(np.clip(2 * round(wanted / 2), 4, 100))
 
 
-def _sample(run: Run, repeats: int) -> list[int]:
-    """Nanoseconds of each of ``repeats`` runs in a row."""
-    clock = time.perf_counter_ns
-    taken = []
-    last = clock()
-    for _ in range(repeats):
-        run()
-        now = clock()
-        taken.append(now - last)
-        last = now
-    return taken
-
-
-def _warm_up(runs: Sequence[Run], most_seconds: float = 0.2) -> float:
+def warm_up(runner: Runner, feeds: int, most_seconds: float = 0.2) -> float:
     """Run until the times fall no more; the seconds that a run then takes."""
     taken: list[float] = []
     begin = time.perf_counter()
     while True:
-        start = time.perf_counter()
-        runs[len(taken) % len(runs)]()
-        end = time.perf_counter()
-        taken.append(end - start)
+        taken.extend(nanoseconds / 1e9 for nanoseconds in runner.sample(len(taken) % feeds, 1))
         count = len(taken)
-        if count >= 2 and end - begin >= most_seconds:
+        if count >= 2 and time.perf_counter() - begin >= most_seconds:
             break
-        if count >= 2 * len(runs) + 2 and sum(taken[count // 2 :]) > 0.95 * sum(taken[: count - count // 2]):
+        if count >= 2 * feeds + 2 and sum(taken[count // 2 :]) > 0.95 * sum(taken[: count - count // 2]):
             break
     return float(np.median(taken[count // 2 :]))
