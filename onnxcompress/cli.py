@@ -365,7 +365,13 @@ def _preprocess(text: str | None) -> Any:
     return Preprocess.parse(text)
 
 
-def _check_files(model: str, options: Mapping[str, Any], report: str | None, save_recipe: str | None = None) -> None:
+def _check_files(
+    model: str,
+    options: Mapping[str, Any],
+    report: str | None,
+    save_recipe: str | None = None,
+    pages: Sequence[str] = (),
+) -> None:
     """Refuse files that cannot be written, or that would replace one that is read or written too, before any work."""
     from onnxcompress.destination import checked_destination
     from onnxcompress.io import model_files
@@ -373,20 +379,26 @@ def _check_files(model: str, options: Mapping[str, Any], report: str | None, sav
     others = {"the model": model, "the output": options["output"]}
     named = {"data": "data", "eval_data": "evaluation data", "recipe": "recipe", "evaluate": "evaluator"}
     others |= {f"the {what}": options.get(name) for name, what in {**named, "preprocess": "preprocessing"}.items()}
-    for what, path in (("the report", report), ("the saved recipe", save_recipe)):
+    written = [("the report", report), ("the saved recipe", save_recipe)]
+    written += [(f"page {number}", page) for number, page in enumerate(pages, 1)]
+    for what, path in written:
         if path is not None:
             if checked_destination(path, others).exists():
                 checked_destination(path, {f"the model's {file.name}": file for file in model_files(model)})
             others[what] = path
 
 
-def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> None:
+def _finish(terminal: Terminal, result: CompressResult, report: str | None, pages: Sequence[str] = ()) -> None:
     """Print and write what there is to tell, then raise the budget that was missed."""
     from onnxcompress.report import compress_report, print_compress, to_json, write_text
 
-    full = compress_report(result) if terminal.json or report is not None else None
+    full = compress_report(result) if terminal.json or report is not None or pages else None
     if report is not None and result.after is not None:
         write_text(report, to_json(full) + "\n")
+    if pages and full is not None and result.after is not None:
+        from onnxcompress.pages import compress_document
+
+        _write_pages(pages, lambda plain: compress_document(plain, result.recipe.to_yaml()), full)
     if terminal.quiet:
         terminal.warn(result.warnings)
     print_compress(terminal.human, result)
@@ -394,6 +406,32 @@ def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> N
     if result.failure is not None:
         raise result.failure
 
+
+def _write_pages(pages: Sequence[str], document: Callable[[Any], Any], full: Mapping[str, Any]) -> None:
+    """Write every page of a report; pages are made from what its JSON file would hold."""
+    import json
+
+    from onnxcompress.pages import render_page
+    from onnxcompress.report import to_json, write_text
+
+    plain = json.loads(to_json(full))
+    made = document(plain)
+    for page in pages:
+        write_text(page, render_page(page, made, plain["tool"]))
+
+
+def _check_pages(pages: Sequence[str]) -> None:
+    """Refuse pages that cannot be made, before any work."""
+    if pages:
+        from onnxcompress.pages import check_page
+
+        for page in pages:
+            check_page(page)
+
+
+_page_option = click.option(
+    "--page", "pages", multiple=True, type=_FILE, metavar="FILE.html|.md", help="Write a page to read; repeatable."
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands
@@ -441,16 +479,27 @@ def _finish(terminal: Terminal, result: CompressResult, report: str | None) -> N
 @click.option("--force", is_flag=True, help="Write the result although it misses a budget.")
 @click.option("--save-recipe", metavar="FILE", type=_FILE, help="Write the recipe with everything that was decided.")
 @click.option("--dry-run", is_flag=True, help="Check model, recipe and data, print the plan, write nothing.")
+@_page_option
 @_output_options
 @pass_terminal
-def compress(terminal: Terminal, /, model: str, report: str | None, save_recipe: str | None, **options: Any) -> None:
+def compress(
+    terminal: Terminal,
+    /,
+    model: str,
+    report: str | None,
+    save_recipe: str | None,
+    pages: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Compress MODEL and write the result to OUT.
 
     The recipe's passes run, the outputs are compared with the original's, the task metric and the speed are measured on
     the written file, and only then is it moved to OUT.
     """
-    _check_files(model, options, report, save_recipe)
+    _check_files(model, options, report, save_recipe, pages)
+    _check_pages(pages)
     options["preprocess"] = _preprocess(options["preprocess"])
+    options["trace"] = bool(pages)
     if options["max_drop"] is None:
         options["max_drop"] = "auto"
     from onnxcompress.compress import compress as run
@@ -460,7 +509,7 @@ def compress(terminal: Terminal, /, model: str, report: str | None, save_recipe:
         from onnxcompress.report import write_text
 
         write_text(save_recipe, result.recipe.to_yaml())
-    _finish(terminal, result, report)
+    _finish(terminal, result, report, pages)
 
 
 @cli.command(short_help="Operators, parameters, MACs, and what would be quantised and why not.")
@@ -636,13 +685,12 @@ class _Numbers(click.ParamType[Any]):
     show_default=True,
     help="Time the first model against itself: what no difference looks like here.",
 )
-@click.option("--trace/--no-trace", default=False, help="Record the time of each operator.")
+@click.option("--trace/--no-trace", default=None, help="Record the time of each operator; default: with --page.")
 @click.option(
     "--cold-starts",
     type=click.IntRange(0),
-    default=0,
     metavar="N",
-    help="Start each model in N fresh processes, for load, first run and peak memory.",
+    help="Start each model in N fresh processes, for load, first run and peak memory; default: 3 with --page.",
 )
 @click.option(
     "--throughput-batches", "batches", type=_Numbers(1, 1 << 20), metavar="N,N,...", help="Batches to run, one by one."
@@ -657,6 +705,7 @@ class _Numbers(click.ParamType[Any]):
 @click.option(
     "--isolate/--no-isolate", default=None, help="One process a model and runtime; default: where runtimes clash."
 )
+@_page_option
 @click.option("--report", type=_FILE, metavar="FILE", help="Write the full report as JSON.")
 @click.option(
     "--json-file", type=_FILE, metavar="FILE.json", help="The same; `--json FILE.json` is short for it.", hidden=True
@@ -669,6 +718,7 @@ def benchmark(
     /,
     models: tuple[str, ...],
     fail_if_slower_than: float | None,
+    pages: tuple[str, ...],
     report: str | None,
     json_file: str | None,
     save_samples: str | None,
@@ -687,11 +737,16 @@ def benchmark(
     `--json` prints JSON on stdout, `--json FILE.json` writes it to a file.
     """
     files = {"the report": report, "the JSON file": json_file, "the samples": save_samples}
+    files |= {f"page {number}": page for number, page in enumerate(pages, 1)}
     _check_outputs(files, models, {"the data": data, "the preprocessing": preprocess})
     from onnxcompress.benchmark import benchmark_models
     from onnxcompress.compress import slower_error
     from onnxcompress.report import matrix_report, print_matrix, to_json, write_samples, write_text
 
+    _check_pages(pages)
+    if pages:
+        options["trace"] = True if options["trace"] is None else options["trace"]
+        options["cold_starts"] = 3 if options["cold_starts"] is None else options["cold_starts"]
     given = {name: value for name, value in options.items() if value is not None}
     with _samples(
         terminal, models[0], models[-1], data=data, preprocess=preprocess, batch=batch, samples=samples, seed=seed
@@ -710,6 +765,10 @@ def benchmark(
     for path in (report, json_file):
         if path is not None:
             write_text(path, to_json(full) + "\n")
+    if pages:
+        from onnxcompress.pages import benchmark_document
+
+        _write_pages(pages, benchmark_document, full)
     if save_samples is not None:
         write_samples(save_samples, result)
     print_matrix(terminal.human, result)

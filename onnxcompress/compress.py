@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from onnxcompress.base import Context, Guarantee, PassReport, Progress, SilentProgress
-from onnxcompress.benchmark import BenchmarkResult, benchmark
+from onnxcompress.benchmark import BenchmarkResult, benchmark, trace_model
 from onnxcompress.budget import BudgetedRun, run_within_budget
 from onnxcompress.data import Dataset, open_data, synthetic_data
 from onnxcompress.destination import checked_destination
@@ -44,6 +44,7 @@ from onnxcompress.judging import (
 from onnxcompress.kept import write_kept
 from onnxcompress.quantization.placement import costly_conversions
 from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_decisions, with_exclusions
+from onnxcompress.runtimes import Trace
 from onnxcompress.session import Session, import_onnxruntime
 from onnxcompress.shapes import graph_stats
 from onnxcompress.targets import get_target
@@ -107,6 +108,8 @@ class CompressResult:
     #: the last pass's fusion audit: what the runtime made integer, what not and why
     audit: Mapping[str, Any] | None = None
     benchmark: BenchmarkResult | None = None
+    #: the runtime's own times of nodes of the "original" and the "result", where they were asked for
+    traces: Mapping[str, Trace] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     #: seconds by stage
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -140,6 +143,7 @@ def compress(
     benchmark: bool = True,
     benchmark_seconds: float = 10.0,
     fail_if_slower_than: float | None = None,
+    trace: bool = False,
     verify: bool = True,
     seed: int | None = None,
     threads: int = 0,
@@ -176,6 +180,7 @@ def compress(
             more than they save, which return to float where they do.
         benchmark_seconds: about how long that may take.
         fail_if_slower_than: the least ratio of times (original over result) that is accepted.
+        trace: record the runtime's own times of each node, of both models, in runs of their own.
         verify: compare the outputs with the original's.
         seed: seed of everything random; None: the recipe's, or 0.
         threads: threads to calibrate and verify with; 0: the runtime chooses.
@@ -224,6 +229,7 @@ def compress(
             benchmark=benchmark,
             benchmark_seconds=benchmark_seconds,
             fail_if_slower_than=fail_if_slower_than,
+            trace=trace,
             verify=verify,
             seed=seed if seed is not None else chosen.seed if chosen.seed is not None else 0,
             threads=threads,
@@ -284,6 +290,7 @@ class _Job:
     benchmark: bool
     benchmark_seconds: float
     fail_if_slower_than: float | None
+    trace: bool
     verify: bool
     seed: int
     threads: int
@@ -488,6 +495,11 @@ class _Job:
                         f"whether the result reaches {limit:g}x is undecided: its speed is {interval(timing)}; "
                         "measure longer with --benchmark-seconds"
                     )
+        if self.trace and (failure is None or self.force) and self.eval_data is not None:
+            with self.timed("trace"):
+                feeds = [self.eval_data.rebatch(1).first().feeds]
+                files = {"original": self.model, "result": staged.path}
+                result = replace(result, traces={name: trace_model(path, feeds) for name, path in files.items()})
         return replace(result, failure=failure)
 
     def slowed_by(self) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "describe_environment",
     "environment_warnings",
     "frequency_governor",
+    "gpu_memory_used",
     "gpus",
     "has_int8_dot_product",
     "saturation_note",
@@ -149,6 +150,19 @@ def gpus() -> list[dict[str, Any]]:
         ]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
+
+
+def gpu_memory_used(index: int) -> int | None:
+    """Bytes of the memory of GPU ``index`` that are in use, by whomever; None where the driver does not tell."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, f"--id={index}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return int(answer.split()[0]) << 20
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return None
 
 
 def environment_warnings(environment: Mapping[str, Any], *, threads: int, integer: bool) -> list[str]:

@@ -22,6 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcompress.environment import describe_environment
 from onnxcompress.errors import ResourceError, UsageError
+from onnxcompress.units import bytes_text as _bytes
+from onnxcompress.units import count_text as _count
+from onnxcompress.units import decibel_text as _decibel
+from onnxcompress.units import printable
+from onnxcompress.units import seconds_text as _seconds
 from onnxcompress.version import __version__
 
 if TYPE_CHECKING:
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     from onnxcompress.inspect_model import CoupledChannels, Inspection, PlannedNode
     from onnxcompress.islands import TimedIslands
     from onnxcompress.quantization.sensitivity import Sensitivity
+    from onnxcompress.runtimes import Trace
     from onnxcompress.verify import OutputComparison
 
 __all__ = [
@@ -110,6 +116,7 @@ def compress_report(result: CompressResult) -> dict[str, Any]:
         "returned": dict(result.returned),
         "audit": result.audit,
         "benchmark": None if result.benchmark is None else result.benchmark.to_dict(),
+        "traces": {name: _trace_report(trace) for name, trace in result.traces.items()},
         "warnings": list(result.warnings),
         "failure": None if result.failure is None else str(result.failure),
         "seconds": dict(result.seconds),
@@ -154,8 +161,8 @@ def matrix_report(result: MatrixResult) -> dict[str, Any]:
         "comparisons": [
             {
                 "kind": comparison.kind,
-                "reference": comparison.reference,
-                "candidate": comparison.candidate,
+                "reference_variant": comparison.reference,
+                "candidate_variant": comparison.candidate,
                 **{key: value for key, value in comparison.result.to_dict().items() if key != "environment"},
             }
             for comparison in result.comparisons
@@ -173,14 +180,17 @@ def matrix_report(result: MatrixResult) -> dict[str, Any]:
 
 
 def _variant_report(result: MatrixResult, variant: Variant) -> dict[str, Any]:
-    trace = variant.trace
     return {
         **asdict(variant),
         "label": result.label(variant),
         "outputs": [comparison_report(output) for output in variant.outputs],
         "against_first": [comparison_report(output) for output in variant.against_first],
-        "trace": None if trace is None else {**asdict(trace), "by_operator": trace.by_operator()},
+        "trace": None if variant.trace is None else _trace_report(variant.trace),
     }
+
+
+def _trace_report(trace: Trace) -> dict[str, Any]:
+    return {**asdict(trace), "by_operator": trace.by_operator()}
 
 
 def comparison_report(output: OutputComparison) -> dict[str, Any]:
@@ -270,11 +280,6 @@ def _umask() -> int:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Terminal
-
-
-def printable(text: str) -> str:
-    """``text`` on one line, control characters escaped: names and messages may carry anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def print_compress(console: Console, result: CompressResult) -> None:
@@ -645,7 +650,9 @@ def print_matrix(console: Console, result: MatrixResult) -> None:
             rate = figure.samples_per_second
             what = f"not measured: {printable(figure.reason or '')}" if rate is None else f"{rate:.4g} samples/s"
             label = printable(result.label(variant))
-            threads = "threads chosen by the runtime" if not figure.threads else f"{figure.threads} threads"
+            threads = {0: "threads chosen by the runtime", 1: "1 thread"}.get(
+                figure.threads, f"{figure.threads} threads"
+            )
             _print_line(console, f"throughput: {label}, batch {figure.batch}, {threads}: {what}")
     _print_placement(console, result)
 
@@ -699,34 +706,3 @@ def _shape(shape: Sequence[int | str | None] | None) -> str:
 
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if part and whole else ""
-
-
-def _count(value: int) -> str:
-    return _scaled(value, 1000.0, ("", " k", " M", " G", " T"))
-
-
-def _bytes(value: int) -> str:
-    return _scaled(value, 1000.0, (" B", " kB", " MB", " GB", " TB"))
-
-
-def _scaled(value: int, step: float, units: Sequence[str]) -> str:
-    amount, unit = float(value), 0
-    while amount >= step and unit + 1 < len(units):
-        amount, unit = amount / step, unit + 1
-    return (
-        f"{value}{units[0]}"
-        if unit == 0
-        else f"{amount:.3g}{units[unit]}"
-        if amount < 999.5
-        else f"{amount:.0f}{units[unit]}"
-    )
-
-
-def _seconds(value: float) -> str:
-    if value >= 1.0:
-        return f"{value:.3g} s"
-    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
-
-
-def _decibel(value: float) -> str:
-    return "equal" if value == math.inf else f"{value:.1f} dB"

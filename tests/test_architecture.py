@@ -29,6 +29,7 @@ FOUNDATIONS = (
     "quantization.affine",
     "quantization.mincut",
     "statistics",
+    "units",
     "version",
     "wire",
 )
@@ -36,6 +37,7 @@ FOUNDATIONS = (
 UPPER = (
     ("__main__",),
     ("cli",),
+    ("pages",),
     ("compress",),
     ("budget", "inspect_model"),
     ("islands", "judging", "recipe"),
@@ -43,7 +45,7 @@ UPPER = (
     ("benchmark", "report", "progress"),
 )
 #: packages that are slow to import, or that an extra brings
-IN_FUNCTIONS_ONLY = {"PIL", "onnxruntime", "openvino", "plotly", "scipy", "torch"}
+IN_FUNCTIONS_ONLY = {"PIL", "matplotlib", "onnxruntime", "openvino", "scipy", "torch"}
 
 
 def find_modules() -> dict[str, ast.Module]:

@@ -20,7 +20,7 @@ from onnxcompress.benchmark.extras import resized
 from onnxcompress.benchmark.gate import check_runtime
 from onnxcompress.benchmark.matrix import placed_nodes
 from onnxcompress.data import open_data
-from onnxcompress.environment import environment_warnings, frequency_governor, gpus
+from onnxcompress.environment import environment_warnings, frequency_governor, gpu_memory_used, gpus
 from onnxcompress.errors import AccuracyError, RuntimeUnavailableError, UsageError
 from onnxcompress.graph import InputSpec
 from onnxcompress.report import matrix_report, print_matrix, to_json, write_samples
@@ -312,5 +312,8 @@ def test_facts_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert gpus() == [{"index": 0, "name": "NVIDIA H100 80GB HBM3", "driver": "570.1", "memory_mib": 81559}]
+    program.write_text("#!/bin/sh\necho 1024\n")
+    assert gpu_memory_used(0) == 1 << 30
     program.write_text("#!/bin/sh\nexit 9\n")
     assert gpus() == []
+    assert gpu_memory_used(0) is None

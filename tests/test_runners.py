@@ -83,7 +83,7 @@ def test_what_goes_wrong_in_a_worker_is_an_answer() -> None:
     worker = Worker()
     assert worker.answer({"do": "open"})["error"] == OnnxCompressError.__name__
     assert worker.answer({"do": "start", "spec": "x", "model": "", "threads": 1})["error"] == "UsageError"
-    assert Worker().answer({"do": "memory"}) == {"before": None, "peak": None}
+    assert Worker().answer({"do": "memory"}) == {"before": None, "peak": None, "device": None}
 
 
 def test_memory_is_none_where_the_system_does_not_tell(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from onnxcompress.benchmark.matrix import MatrixResult, benchmark_models
+from onnxcompress.benchmark.matrix import MatrixResult, benchmark_models, trace_model
 from onnxcompress.benchmark.pairs import BenchmarkResult, Model, ModelTiming, benchmark
 
-__all__ = ["BenchmarkResult", "MatrixResult", "Model", "ModelTiming", "benchmark", "benchmark_models"]
+__all__ = ["BenchmarkResult", "MatrixResult", "Model", "ModelTiming", "benchmark", "benchmark_models", "trace_model"]

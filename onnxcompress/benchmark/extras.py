@@ -39,6 +39,8 @@ class ColdStart:
     first_run_s: float
     #: peak resident memory above what was held before the model was opened; None where the system does not tell
     peak_bytes: int | None
+    #: the device's memory in use after the first run, context and workspaces included; None: it has none of its own
+    device_bytes: int | None = None
 
     @property
     def total_s(self) -> float:
@@ -67,7 +69,7 @@ def cold_start(spec: str, model: Path, feeds: Sequence[Feeds], threads: int, pro
         OnnxCompressError: it cannot be started.
     """
     rows = []
-    peaks = []
+    peaks, devices = [], []
     for _ in range(processes):
         worker = WorkerRunner(spec, model, threads)
         try:
@@ -79,8 +81,10 @@ def cold_start(spec: str, model: Path, feeds: Sequence[Feeds], threads: int, pro
         rows.append((worker.load_s, started.creation_s, started.first_run_s))
         if memory is not None:
             peaks.append(max(0, memory.peak - memory.before))
+            devices.extend([memory.device] if memory.device is not None else [])
     load, creation, first = (float(value) for value in np.median(np.array(rows), axis=0))
-    return ColdStart(processes, load, creation, first, int(np.median(peaks)) if peaks else None)
+    peak, device = (int(np.median(values)) if values else None for values in (peaks, devices))
+    return ColdStart(processes, load, creation, first, peak, device)
 
 
 def resized(feeds: Feeds, specs: Sequence[InputSpec], batch: int) -> Feeds:

@@ -34,7 +34,7 @@ from onnxcompress.benchmark.pairs import (
     compare_subjects,
     paired_feeds,
 )
-from onnxcompress.benchmark.runners import Runner, make_runner
+from onnxcompress.benchmark.runners import Runner, make_runner, runtime_of
 from onnxcompress.data import Dataset, open_data
 from onnxcompress.environment import describe_environment, environment_warnings
 from onnxcompress.errors import OnnxCompressError, UsageError
@@ -55,6 +55,7 @@ __all__ = [
     "Variant",
     "benchmark_models",
     "placed_nodes",
+    "trace_model",
 ]
 
 Kind = Literal["noise", "runtime", "model"]
@@ -252,6 +253,17 @@ def benchmark_models(
         if batches or thread_counts:
             job.measure_throughput(batches or (batch or 1,), thread_counts or (threads,), throughput_seconds)
         return job.result()
+
+
+def trace_model(
+    model: str | os.PathLike[str], feeds: Sequence[Feeds], *, runtime: str = "onnxruntime:cpu", threads: int = 1
+) -> Trace:
+    """The runtime's own times of each node of a model file, from a run of its own on ``feeds`` in turn.
+
+    Raises:
+        UsageError, RuntimeUnavailableError, ModelError: as :meth:`~onnxcompress.runtimes.Runtime.open`.
+    """
+    return runtime_of(runtime).trace(Path(model), threads, feeds, TRACE_RUNS)
 
 
 def placed_nodes(placement: Sequence[NodePlacement], macs: Mapping[str, int]) -> tuple[Placed, ...]:

@@ -306,7 +306,7 @@ class Subject:
 
 def histogram(values: NDArray[np.float64], bins: int = 60) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """(edges, counts) of ``values``; the few that lie far above the rest are all in the last bin, which has no end."""
-    low, high = float(values.min()), float(np.percentile(values, 98))
+    low, high = float(values.min()), min(float(np.percentile(values, 98)), 2.5 * float(np.median(values)))
     edges = np.linspace(low, max(high, low * 1.001), bins)
     counts, _ = np.histogram(values, np.append(edges, np.inf))
     return tuple(edges.tolist()), tuple(counts.tolist())

@@ -55,6 +55,8 @@ class Memory:
 
     before: int
     peak: int
+    #: what is more in use on the device than before, by a process that is alone there; None: no such device
+    device: int | None = None
 
 
 class Runner(ABC):
@@ -217,7 +219,9 @@ class WorkerRunner(Runner):
     def memory(self) -> Memory | None:
         """The worker's memory; None where the system does not tell."""
         answer = self._ask("memory")
-        return None if answer["before"] is None else Memory(answer["before"], answer["peak"])
+        if answer["before"] is None:
+            return None
+        return Memory(answer["before"], answer["peak"], answer["device"])
 
     def close(self) -> None:
         if self._process is not None:

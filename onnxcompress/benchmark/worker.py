@@ -28,6 +28,8 @@ class Worker:
     def __init__(self) -> None:
         self._runner: LocalRunner | None = None
         self._before: Memory | None = None
+        self._device_memory: Callable[[], int | None] = lambda: None
+        self._device_before: int | None = None
 
     @property
     def runner(self) -> LocalRunner:
@@ -58,6 +60,7 @@ class Worker:
         runtime = runtime_of(spec)
         load_s = time.perf_counter() - begin
         self._runner = LocalRunner(runtime, Path(model), threads)
+        self._device_memory = runtime.device_memory
         return {"load_s": load_s}
 
     def do_feed(self, files: list[str]) -> dict[str, Any]:
@@ -68,6 +71,7 @@ class Worker:
     def do_open(self) -> dict[str, Any]:
         """Create a session; the first one's memory is what ``memory`` tells of."""
         if self._before is None:
+            self._device_before = self._device_memory()
             _forget_peak()
             self._before = resident_memory()
         return asdict(self.runner.open())
@@ -94,8 +98,11 @@ class Worker:
         """Memory before the first session, and the most since."""
         now = resident_memory()
         if now is None or self._before is None:
-            return {"before": None, "peak": None}
-        return {"before": self._before.before, "peak": now.peak}
+            return {"before": None, "peak": None, "device": None}
+        device = self._device_memory()
+        known = device is not None and self._device_before is not None
+        more = max(0, (device or 0) - (self._device_before or 0)) if known else None
+        return {"before": self._before.before, "peak": now.peak, "device": more}
 
     def do_close(self) -> dict[str, Any]:
         """Let go of the session."""

@@ -178,6 +178,10 @@ class Runtime(ABC):
     def facts(self, threads: int) -> RuntimeFacts:
         """Version, device, precision, threads and options; :meth:`check` has passed."""
 
+    def device_memory(self) -> int | None:
+        """Bytes in use on the device now; None for a device without memory of its own, or that does not tell."""
+        return None
+
     def option_texts(self) -> dict[str, str]:
         """Every option as text."""
         return {name: str(value).lower() for name, value in self.options.model_dump().items()}

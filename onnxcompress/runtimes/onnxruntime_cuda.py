@@ -14,7 +14,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 from pydantic import model_validator
 
-from onnxcompress.environment import gpus
+from onnxcompress.environment import gpu_memory_used, gpus
 from onnxcompress.errors import ModelError, RuntimeUnavailableError
 from onnxcompress.runtimes.base import Feeds, Opened, Source, one_line
 from onnxcompress.runtimes.onnxruntime_cpu import CpuOptions, OnnxRuntimeCpu, OpenedSession, installed_builds
@@ -121,6 +121,11 @@ class OnnxRuntimeCuda(OnnxRuntimeCpu):
         assert isinstance(options, CudaOptions)
         names = {gpu["index"]: str(gpu["name"]) for gpu in gpus()}
         return names.get(options.device_id, f"CUDA device {options.device_id}")
+
+    def device_memory(self) -> int | None:
+        options = self.options
+        assert isinstance(options, CudaOptions)
+        return gpu_memory_used(options.device_id)
 
     def precision(self) -> str:
         options = self.options
