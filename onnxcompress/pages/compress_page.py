@@ -262,9 +262,9 @@ def _passes(report: Mapping[str, Any]) -> list[Block]:
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    facts = [("model", report["model"]["path"]), ("its sha256", str(report["model"]["sha256"]))]
+    facts = [("model", PurePath(report["model"]["path"]).name), ("its sha256", str(report["model"]["sha256"]))]
     if report["output"] is not None:
-        facts += [("result", report["output"]["path"]), ("its sha256", str(report["output"]["sha256"]))]
+        facts += [("result", PurePath(report["output"]["path"]).name), ("its sha256", str(report["output"]["sha256"]))]
     if report["verification"] is not None:
         verification = report["verification"]
         facts.append(("evaluation data", f"{verification['source']}, {verification['samples']} samples"))

@@ -22,7 +22,7 @@ body { margin: 0 auto; padding: 1.25rem; max-width: 76rem; background: var(--pap
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.25rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
 p { margin: .5rem 0; max-width: 60rem; overflow-wrap: anywhere; }
-.soft, figcaption, caption { color: var(--soft); }
+.soft, figcaption, .caption { color: var(--soft); }
 .good { color: var(--good); } .bad { color: var(--bad); } .warning { color: var(--warn); }
 p.good, p.bad, p.warning { border-left: 4px solid currentColor; padding: .3rem .75rem; background: var(--tint); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1rem 0; }
@@ -37,13 +37,14 @@ figure svg { display: block; width: 100%; height: auto; margin: 0 auto; }
 figcaption { font-size: .85rem; margin-top: .25rem; }
 .scroll { overflow-x: auto; margin: .75rem 0; }
 table { border-collapse: collapse; font-size: .9rem; }
-caption { caption-side: bottom; text-align: left; font-size: .85rem; padding-top: .4rem; }
+.caption { font-size: .85rem; margin-top: -.4rem; }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
   font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 th { border-bottom: 2px solid var(--line); font-weight: 600; white-space: nowrap; }
 th.text, td.text { text-align: left; }
 td.text { min-width: 5rem; max-width: 34rem; overflow-wrap: break-word; }
+td.text + td.text:last-child { overflow-wrap: anywhere; min-width: 11rem; }
 tbody tr:nth-child(even) { background: var(--tint); }
 pre { background: var(--tint); border: 1px solid var(--line); border-radius: 8px; padding: .75rem; overflow-x: auto;
   font-size: .85rem; }
@@ -140,7 +141,7 @@ def _table(table: Table) -> str:
         kinds = ("text" if index in table.text_columns else "number" for index in range(len(row)))
         return "".join(f'<{tag} class="{kind}">{_text(cell)}</{tag}>' for kind, cell in zip(kinds, row, strict=True))
 
-    caption = f"<caption>{_text(table.caption)}</caption>" if table.caption else ""
+    caption = f'\n<p class="caption">{_text(table.caption)}</p>' if table.caption else ""
     rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
     head = f"<thead><tr>{cells('th', table.columns)}</tr></thead>"
-    return f'<div class="scroll"><table>{caption}{head}\n<tbody>\n{rows}\n</tbody></table></div>'
+    return f'<div class="scroll"><table>{head}\n<tbody>\n{rows}\n</tbody></table></div>{caption}'
