@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         PassResult,
         Refusal,
     )
-    from onnxcompress.benchmark import BenchmarkResult, benchmark
+    from onnxcompress.benchmark import BenchmarkResult, MatrixResult, benchmark, benchmark_models
     from onnxcompress.compress import CompressResult, compress
     from onnxcompress.data import Batch, Dataset, open_data, synthetic_data
     from onnxcompress.errors import (
@@ -70,6 +70,7 @@ __all__ = [
     "Graph",
     "Guarantee",
     "Inspection",
+    "MatrixResult",
     "ModelError",
     "OnnxCompressError",
     "OutputComparison",
@@ -90,6 +91,7 @@ __all__ = [
     "__version__",
     "audit",
     "benchmark",
+    "benchmark_models",
     "check_equivalent",
     "compare",
     "compress",
@@ -106,7 +108,7 @@ __all__ = [
 #: public names by the module that defines them
 _MODULES = {
     "base": ("Change", "Context", "Decision", "Guarantee", "Pass", "PassReport", "PassResult", "Refusal"),
-    "benchmark": ("BenchmarkResult", "benchmark"),
+    "benchmark": ("BenchmarkResult", "MatrixResult", "benchmark", "benchmark_models"),
     "compress": ("CompressResult", "compress"),
     "data": ("Batch", "Dataset", "open_data", "synthetic_data"),
     "errors": (

@@ -373,18 +373,26 @@ def _check_files(
     pages: Sequence[str] = (),
 ) -> None:
     """Refuse files that cannot be written, or that would replace one that is read or written too, before any work."""
-    from onnxcompress.destination import checked_destination
-    from onnxcompress.io import model_files
-
     others = {"the model": model, "the output": options["output"]}
     named = {"data": "data", "eval_data": "evaluation data", "recipe": "recipe", "evaluate": "evaluator"}
     others |= {f"the {what}": options.get(name) for name, what in {**named, "preprocess": "preprocessing"}.items()}
-    written = [("the report", report), ("the saved recipe", save_recipe)]
-    written += [(f"page {number}", page) for number, page in enumerate(pages, 1)]
-    for what, path in written:
+    _check_written({"the report": report, "the saved recipe": save_recipe, **_numbered("page", pages)}, others, [model])
+
+
+def _numbered(what: str, paths: Sequence[str]) -> dict[str, str]:
+    return {f"{what} {number}": path for number, path in enumerate(paths, 1)}
+
+
+def _check_written(files: Mapping[str, str | None], others: dict[str, Any], models: Sequence[str]) -> None:
+    """Refuse ``files`` that would replace one of ``others``, of each other, or of what belongs to ``models``."""
+    from onnxcompress.destination import checked_destination
+    from onnxcompress.io import model_files
+
+    for what, path in files.items():
         if path is not None:
             if checked_destination(path, others).exists():
-                checked_destination(path, {f"the model's {file.name}": file for file in model_files(model)})
+                for model in models:
+                    checked_destination(path, {f"the model's {file.name}": file for file in model_files(model)})
             others[what] = path
 
 
@@ -736,9 +744,8 @@ def benchmark(
     The first model and the first runtime are what the others are compared with; above 1 the other one is faster.
     `--json` prints JSON on stdout, `--json FILE.json` writes it to a file.
     """
-    files = {"the report": report, "the JSON file": json_file, "the samples": save_samples}
-    files |= {f"page {number}": page for number, page in enumerate(pages, 1)}
-    _check_outputs(files, models, {"the data": data, "the preprocessing": preprocess})
+    files = {"the report": report, "the JSON file": json_file, "the samples": save_samples, **_numbered("page", pages)}
+    _check_written(files, {"the data": data, "the preprocessing": preprocess, **_numbered("model", models)}, models)
     from onnxcompress.benchmark import benchmark_models
     from onnxcompress.compress import slower_error
     from onnxcompress.report import matrix_report, print_matrix, to_json, write_samples, write_text
@@ -782,20 +789,6 @@ def benchmark(
             slower = slower_error(comparison.result, fail_if_slower_than)
             if slower is not None:
                 raise slower
-
-
-def _check_outputs(files: Mapping[str, str | None], models: Sequence[str], read: Mapping[str, str | None]) -> None:
-    """Refuse files that cannot be written, or that would replace one that is read or written too."""
-    from onnxcompress.destination import checked_destination
-    from onnxcompress.io import model_files
-
-    others: dict[str, Any] = {**read, **{f"model {number}": model for number, model in enumerate(models, 1)}}
-    for what, path in files.items():
-        if path is not None:
-            if checked_destination(path, others).exists():
-                for model in models:
-                    checked_destination(path, {f"the model's {file.name}": file for file in model_files(model)})
-            others[what] = path
 
 
 def _samples(

@@ -15,7 +15,7 @@ BLOCK = re.compile(r"<!-- run by tests/test_readme.py -->\n```(?P<language>\w+)\
 #: enough to see that a command works; the figures are not looked at
 SHORT = {
     "demo": "--benchmark-seconds 2",
-    "benchmark": "--seconds 0.5",
+    "benchmark": "--seconds 0.5 --sessions 6",
     "compress": "--benchmark-seconds 0.5",
     "prune_channels": "--samples 96 --sweeps 1",
 }

@@ -1,0 +1,237 @@
+"""Real models and well-known architectures on every runtime: output error, ratio and interval, in one table.
+
+Each model is compressed for ONNX Runtime's CPU provider and for OpenVINO (the two want Q/DQ pairs in different places),
+and all three files run on both runtimes: whoever compresses for one and serves with the other sees what that costs.
+Run from the root of the repository::
+
+    python benchmarks/runtimes.py
+    python benchmarks/runtimes.py --only resnet20,bert_base --seconds 3
+    python benchmarks/runtimes.py --models /tmp/models --prepare       # compress only
+    python benchmarks/runtimes.py --models /tmp/models --output benchmarks/results/runtimes.json --update
+
+The cases lie in the folder that ONNXCOMPRESS_CASES names (default ../shared/cases). The architectures have random
+weights (:mod:`architectures`): their times are real and their errors mean nothing, so none is given. A file, a runtime
+or an extra that is missing is a row with the reason. The last line on stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from architectures import ARCHITECTURES, build, feeds
+from common import CasesMissingError, load_cases, table, validation
+
+import onnxcompress as oc
+from onnxcompress.benchmark import MatrixResult, benchmark_models
+from onnxcompress.benchmark.matrix import Comparison
+from onnxcompress.environment import describe_environment
+from onnxcompress.errors import OnnxCompressError
+from onnxcompress.runtimes import get_runtime
+from onnxcompress.session import Session
+from onnxcompress.verify import compare
+
+RUNTIMES = ("onnxruntime:cpu", "openvino")
+CASES = ("resnet20", "resnet56", "mobilenetv2_cifar10", "squeezenet1.1", "minilm")
+#: files of one model: the original, and one for each target
+TARGETS = {"fp32": None, "int8 for cpu": "cpu", "int8 for openvino": "openvino"}
+#: samples to calibrate on, to judge by, and to time with
+CALIBRATION, JUDGED, TIMED = 256, 256, 8
+HEAD = ("model", "runtime", "file", "median", "speed", "of", "SQNR, dB", "agreement")
+
+
+def main() -> None:
+    """Prepare, time, print."""
+    parser = argparse.ArgumentParser(description="Models on runtimes.")
+    parser.add_argument("--only", default=",".join((*CASES, *ARCHITECTURES)), help="models, separated by commas")
+    parser.add_argument("--runtimes", default=";".join(RUNTIMES), help="runtimes, separated by semicolons")
+    parser.add_argument("--seconds", type=float, default=5.0, help="limit of one comparison")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--models", type=Path, help="folder of compressed files: made there, used again from there")
+    parser.add_argument("--prepare", action="store_true", help="compress only")
+    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    parser.add_argument("--update", action="store_true", help="keep what --output has of other models")
+    parser.add_argument("--markdown", type=Path, help="print the table of this JSON file and measure nothing")
+    arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(json.loads(arguments.markdown.read_text())))
+        return
+
+    facts: dict[str, Any] = {"environment": describe_environment(), "threads": arguments.threads, "models": {}}
+    if arguments.update and arguments.output.exists():
+        facts["models"] = json.loads(arguments.output.read_text())["models"]
+    temporary = tempfile.TemporaryDirectory(prefix="onnxcompress-") if arguments.models is None else nullcontext()
+    with temporary as made:
+        folder = Path(made) if made is not None else arguments.models
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in arguments.only.split(","):
+            say(name)
+            try:
+                files = prepared(name, folder)
+                if not arguments.prepare:
+                    runtimes = arguments.runtimes.split(";")
+                    facts["models"][name] = measured(name, files, runtimes, arguments.seconds, arguments.threads)
+            except (CasesMissingError, OnnxCompressError) as error:
+                facts["models"][name] = {"skipped": str(error), "rows": []}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(facts, indent=1) + "\n")
+    print(markdown(facts))
+    print(json.dumps(facts))
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files and data
+
+
+def prepared(name: str, folder: Path) -> dict[str, Path]:
+    """{file: path} of one model; compressed files that are in ``folder`` are used again."""
+    original = folder / f"{name}.fp32.onnx"
+    if name in ARCHITECTURES:
+        if not original.exists():
+            onnx.save(build(name), original)
+        data: Any = feeds(name, TIMED, seed=1)
+        batch = 1
+    else:
+        case = load_cases()[name]
+        original, batch = case.model, 16
+        data = list(case.calibration(CALIBRATION, batch))
+    files = {"fp32": original}
+    for label, target in TARGETS.items():
+        if target is None:
+            continue
+        files[label] = folder / f"{name}.{target}.onnx"
+        if not files[label].exists():
+            say(f"  compressing for {target}")
+            oc.compress(
+                original, data, files[label], target=target, batch=batch, benchmark=False, max_drop=None, verify=False
+            )
+    return files
+
+
+def batches(name: str) -> Iterator[Mapping[str, Any]]:
+    """Validation samples one by one, as many as are judged."""
+    left = JUDGED
+    for batch in validation(load_cases()[name]):
+        for row in range(len(next(iter(batch.values())))):
+            if not left:
+                return
+            left -= 1
+            yield {key: np.ascontiguousarray(value[row : row + 1]) for key, value in batch.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def measured(
+    name: str, files: Mapping[str, Path], runtimes: Sequence[str], seconds: float, threads: int
+) -> dict[str, Any]:
+    """One model's rows. Times first, while the machine is as it was found."""
+    random_weights = name in ARCHITECTURES
+    data: Any = feeds(name, TIMED) if random_weights else list(batches(name))
+    result = benchmark_models(
+        list(files.values()),
+        data if random_weights else data[:TIMED],
+        runtimes=runtimes,
+        threads=threads,
+        seconds=seconds,
+        output_check=not random_weights,  # what random weights compute does not survive 8 bits
+    )
+    errors = {} if random_weights else output_errors(files, runtimes, data)
+    return {
+        "rows": rows(result, list(files), errors),
+        "noise": {
+            result.runtimes[result.variants[c.reference].runtime]: [c.result.low, c.result.ratio, c.result.high]
+            for c in result.comparisons
+            if c.kind == "noise"
+        },
+        "warnings": list(result.warnings),
+        "date": result.environment["date"],
+    }
+
+
+def output_errors(
+    files: Mapping[str, Path], runtimes: Sequence[str], data: Sequence[Mapping[str, Any]]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(file, runtime): SQNR and agreement with the original}, on ONNX Runtime without its optimisations."""
+    from onnxcompress.data import Batch
+
+    expected = [Session(files["fp32"], optimization="disabled").run(dict(f)) for f in data]
+    errors: dict[tuple[str, str], dict[str, Any]] = {}
+    for runtime in runtimes:
+        for label, path in files.items():
+            try:
+                opened = get_runtime(runtime).open(path, 0)
+                answers = iter(expected)
+                outputs = compare(lambda _, a=answers: next(a), opened.run, [Batch(dict(f), None, 1) for f in data])  # type: ignore[misc]
+            except OnnxCompressError:
+                continue  # the row of the time has the reason
+            first = outputs[0]
+            sqnr = None if first.max_abs == 0 else round(first.sqnr_db, 2)
+            agreement = first.same_argmax if first.score_rows else None
+            errors[label, runtime] = {"sqnr_db": sqnr, "agreement": agreement}
+    return errors
+
+
+def rows(
+    result: MatrixResult, labels: Sequence[str], errors: Mapping[tuple[str, str], Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row a variant, as JSON."""
+    pairs: dict[int, Comparison] = {c.candidate: c for c in result.comparisons if c.kind != "noise"}
+    found = []
+    for position, variant in enumerate(result.variants):
+        label, runtime = labels[variant.model], result.runtimes[variant.runtime]
+        row: dict[str, Any] = {"file": label, "runtime": runtime, **errors.get((label, runtime), {})}
+        pair = pairs.get(position)
+        if variant.timing is not None:
+            row["median_s"] = variant.timing.median_s
+        if variant.failure is not None:
+            row["failure"] = variant.failure.message
+        if pair is not None:
+            reference = result.variants[pair.reference]
+            other = result.runtimes[reference.runtime] if pair.kind == "runtime" else labels[reference.model]
+            row |= {"ratio": pair.result.ratio, "low": pair.result.low, "high": pair.result.high, "of": other}
+            row["verdict"] = pair.result.verdict
+        found.append(row)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def markdown(facts: Mapping[str, Any]) -> str:
+    """The table of all models, and below it what is missing and why."""
+    lines: list[tuple[str, ...]] = []
+    notes: list[str] = []
+    for name, model in facts["models"].items():
+        if "skipped" in model:
+            notes.append(f"{name}: not measured: {model['skipped']}")
+        for row in model["rows"]:
+            if "failure" in row:
+                lines.append((name, row["runtime"], row["file"], "not timed", "", "", "", ""))
+                notes.append(f"{name}, {row['file']} on {row['runtime']}: {row['failure']}")
+                continue
+            speed = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if "ratio" in row else ""
+            sqnr = "" if "sqnr_db" not in row else "equal" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+            agreement = "" if row.get("agreement") is None else f"{100 * row['agreement']:.1f} %"
+            median = f"{row['median_s'] * 1e3:.3g} ms"
+            lines.append((name, row["runtime"], row["file"], median, speed, row.get("of", ""), sqnr, agreement))
+    return "\n\n".join([table(HEAD, lines), *notes])
+
+
+if __name__ == "__main__":
+    main()
