@@ -676,8 +676,8 @@ def _print_variants(console: Console, result: MatrixResult, pairs: Mapping[int, 
         )
     first = printable(result.models[0].name)
     table.caption = (
-        f"output error: SQNR to {first} on onnxruntime:cpu without its optimisations; in brackets the 95 % interval of\n"
-        "what was timed in pairs, while medians are minutes apart"
+        f"output error: SQNR to {first} on onnxruntime:cpu without its optimisations; in brackets the 95 % interval\n"
+        "of what was timed in pairs, while medians are minutes apart"
     )
     table.caption_justify = "left"
     console.print(table)

@@ -136,8 +136,8 @@ def _times(report: Mapping[str, Any]) -> list[Block]:
     columns = ("model", "runtime", "median", "speed", "output error (SQNR)", *metrics, "p90", "p99")
     caption = (
         f"Output error: to {report['models'][0]['name']} on the reference runtime, onnxruntime on the CPU without its "
-        "optimisations. Speed is what was timed in pairs; medians are minutes apart. A percentile is left out where the "
-        "sample does not support it."
+        "optimisations. Speed is what was timed in pairs; medians are minutes apart. A percentile is left out where "
+        "the sample does not support it."
     )
     models = tuple(
         (
