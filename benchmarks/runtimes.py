@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ from common import CasesMissingError, load_cases, table, validation
 
 import onnxcompress as oc
 from onnxcompress.benchmark import MatrixResult, benchmark_models
+from onnxcompress.benchmark.gate import compare_outputs, outputs_of
 from onnxcompress.benchmark.matrix import Comparison
 from onnxcompress.environment import describe_environment
 from onnxcompress.errors import OnnxCompressError
 from onnxcompress.runtimes import get_runtime
 from onnxcompress.session import Session
-from onnxcompress.verify import compare
 
 RUNTIMES = ("onnxruntime:cpu", "openvino")
 CASES = ("resnet20", "resnet56", "mobilenetv2_cifar10", "squeezenet1.1", "minilm")
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", type=Path, help="folder of compressed files: made there, used again from there")
     parser.add_argument("--prepare", action="store_true", help="compress only")
+    parser.add_argument("--parts", default="times,errors", help="what to measure; only times need a quiet machine")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     parser.add_argument("--update", action="store_true", help="keep what --output has of other models")
     parser.add_argument("--markdown", type=Path, help="print the table of this JSON file and measure nothing")
@@ -76,11 +78,14 @@ def main() -> None:
             say(name)
             try:
                 files = prepared(name, folder)
-                if not arguments.prepare:
-                    runtimes = arguments.runtimes.split(";")
-                    facts["models"][name] = measured(name, files, runtimes, arguments.seconds, arguments.threads)
+                found = facts["models"].setdefault(name, {})
+                runtimes = arguments.runtimes.split(";")
+                if not arguments.prepare and "times" in arguments.parts:
+                    found |= times(name, files, runtimes, arguments.seconds, arguments.threads)
+                if not arguments.prepare and "errors" in arguments.parts and name not in ARCHITECTURES:
+                    found["errors"] = output_errors(files, runtimes, list(batches(name)))
             except (CasesMissingError, OnnxCompressError) as error:
-                facts["models"][name] = {"skipped": str(error), "rows": []}
+                facts["models"][name] = {"skipped": str(error)}
     if arguments.output:
         arguments.output.write_text(json.dumps(facts, indent=1) + "\n")
     print(markdown(facts))
@@ -136,23 +141,22 @@ def batches(name: str) -> Iterator[Mapping[str, Any]]:
 # Measuring
 
 
-def measured(
+def times(
     name: str, files: Mapping[str, Path], runtimes: Sequence[str], seconds: float, threads: int
 ) -> dict[str, Any]:
-    """One model's rows. Times first, while the machine is as it was found."""
+    """One model's rows."""
     random_weights = name in ARCHITECTURES
-    data: Any = feeds(name, TIMED) if random_weights else list(batches(name))
+    data: Any = feeds(name, TIMED) if random_weights else list(islice(batches(name), TIMED))
     result = benchmark_models(
         list(files.values()),
-        data if random_weights else data[:TIMED],
+        data,
         runtimes=runtimes,
         threads=threads,
         seconds=seconds,
         output_check=not random_weights,  # what random weights compute does not survive 8 bits
     )
-    errors = {} if random_weights else output_errors(files, runtimes, data)
     return {
-        "rows": rows(result, list(files), errors),
+        "rows": rows(result, list(files)),
         "noise": {
             result.runtimes[result.variants[c.reference].runtime]: [c.result.low, c.result.ratio, c.result.high]
             for c in result.comparisons
@@ -165,36 +169,30 @@ def measured(
 
 def output_errors(
     files: Mapping[str, Path], runtimes: Sequence[str], data: Sequence[Mapping[str, Any]]
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """{(file, runtime): SQNR and agreement with the original}, on ONNX Runtime without its optimisations."""
-    from onnxcompress.data import Batch
-
-    expected = [Session(files["fp32"], optimization="disabled").run(dict(f)) for f in data]
-    errors: dict[tuple[str, str], dict[str, Any]] = {}
+) -> dict[str, dict[str, Any]]:
+    """{runtime, file: SQNR and agreement with the original}, on ONNX Runtime without its optimisations."""
+    expected = outputs_of(Session(files["fp32"], optimization="disabled").run, data)
+    errors: dict[str, dict[str, Any]] = {}
     for runtime in runtimes:
         for label, path in files.items():
             try:
                 opened = get_runtime(runtime).open(path, 0)
-                answers = iter(expected)
-                outputs = compare(lambda _, a=answers: next(a), opened.run, [Batch(dict(f), None, 1) for f in data])  # type: ignore[misc]
+                first = compare_outputs(expected, outputs_of(opened.run, data), data)[0]
             except OnnxCompressError:
                 continue  # the row of the time has the reason
-            first = outputs[0]
             sqnr = None if first.max_abs == 0 else round(first.sqnr_db, 2)
             agreement = first.same_argmax if first.score_rows else None
-            errors[label, runtime] = {"sqnr_db": sqnr, "agreement": agreement}
+            errors[f"{runtime}, {label}"] = {"sqnr_db": sqnr, "agreement": agreement, "samples": len(data)}
     return errors
 
 
-def rows(
-    result: MatrixResult, labels: Sequence[str], errors: Mapping[tuple[str, str], Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def rows(result: MatrixResult, labels: Sequence[str]) -> list[dict[str, Any]]:
     """A row a variant, as JSON."""
     pairs: dict[int, Comparison] = {c.candidate: c for c in result.comparisons if c.kind != "noise"}
     found = []
     for position, variant in enumerate(result.variants):
         label, runtime = labels[variant.model], result.runtimes[variant.runtime]
-        row: dict[str, Any] = {"file": label, "runtime": runtime, **errors.get((label, runtime), {})}
+        row: dict[str, Any] = {"file": label, "runtime": runtime}
         pair = pairs.get(position)
         if variant.timing is not None:
             row["median_s"] = variant.timing.median_s
@@ -220,7 +218,8 @@ def markdown(facts: Mapping[str, Any]) -> str:
     for name, model in facts["models"].items():
         if "skipped" in model:
             notes.append(f"{name}: not measured: {model['skipped']}")
-        for row in model["rows"]:
+        for row in model.get("rows", ()):
+            row = {**row, **model.get("errors", {}).get(f"{row['runtime']}, {row['file']}", {})}
             if "failure" in row:
                 lines.append((name, row["runtime"], row["file"], "not timed", "", "", "", ""))
                 notes.append(f"{name}, {row['file']} on {row['runtime']}: {row['failure']}")

@@ -214,6 +214,20 @@ def test_throughput_grows_with_the_batch_or_says_why_not(run: Callable[..., Matr
     assert fixed.variants[0].throughput[1].reason == "input 'x' has a fixed batch of 2"
 
 
+def test_openvino_beside_onnxruntime(run: Callable[..., MatrixResult]) -> None:
+    pytest.importorskip("openvino", reason="the second runtime needs the extra openvino")
+    result = run(["a", "close"], runtimes=["onnxruntime:cpu", "openvino"], noise_floor=False, trace=True)
+    assert [v.failure for v in result.variants] == [None] * 4
+    facts = result.facts[1]
+    assert facts is not None
+    assert facts.precision == "float32"
+    for variant in result.variants:
+        assert variant.outputs[0].relative_l2 < 1e-5, "float32 on both"
+        assert variant.trace is not None
+        assert variant.trace.seconds > 0
+    assert kinds(result) == [("model", 0, 1), ("runtime", 0, 2), ("model", 2, 3)]
+
+
 def test_labels_give_a_metric(run: Callable[..., MatrixResult], folder: Path) -> None:
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 4, 8, 8), False)]
     data = open_data({**samples(8), "labels": np.arange(8) % 4}, specs)

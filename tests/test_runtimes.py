@@ -62,6 +62,19 @@ def test_a_runtime_gives_the_reference_outputs(spec: str) -> None:
     opened.close()
 
 
+def test_buffers_that_are_bound_once_hold_each_run(rng: np.random.Generator) -> None:
+    """Graph identifiers are CUDA's; here they only have to do no harm."""
+    session = Session(demo_model_path())
+    for graph_id in (None, -1, 1):
+        feeds = {"input": rng.random(FEEDS["input"].shape, np.float32)}
+        bound = session.bind_buffers(feeds, graph_id=graph_id)
+        bound()
+        bound()
+        np.testing.assert_array_equal(bound.outputs[0].numpy(), session.run(feeds)["logits"])
+    with pytest.raises(ModelError, match="cannot run"):
+        session.bind_buffers({"input": np.zeros((1, 1), np.float32)})
+
+
 @pytest.mark.parametrize("spec", ["onnxruntime:cpu", "onnxruntime:cuda", "openvino"])
 def test_a_runtime_states_itself_places_nodes_and_traces(spec: str) -> None:
     found = runtime(spec)

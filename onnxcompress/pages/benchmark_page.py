@@ -236,6 +236,9 @@ def _placement(report: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) ->
             operators = ", ".join(f"{count} {op}" for op, count in list(placed["operators"].items())[:6])
             share = f"{100 * placed['macs'] / macs:.0f} %" if macs and placed["macs"] else ""
             rows.append((variant["label"], placed["provider"], str(placed["nodes"]), share, operators))
+        copies = variant["trace"]["copies"] if variant["trace"] is not None else 0
+        if copies:
+            rows.append((variant["label"], "copies between devices", str(copies), "", ""))
     if not rows:
         return []
     caption = (
