@@ -635,6 +635,10 @@ def print_matrix(console: Console, result: MatrixResult) -> None:
     failed = [variant for variant in result.variants if variant.failure is not None]
     if len(pairs) == 1 and not failed and len(result.models) == 2 and len(result.runtimes) == 1:
         print_benchmark(console, next(iter(pairs.values())).result)
+        shown = _shown_output(result.variants[1])
+        if shown is not None:
+            error = "equal to A's" if shown.sqnr_db == math.inf else f"SQNR {_decibel(shown.sqnr_db)} to A's"
+            _print_line(console, f"output {printable(shown.name)} of B: {error}")
     elif len(failed) < len(result.variants):
         _print_variants(console, result, pairs)
     for comparison in result.comparisons:
@@ -664,7 +668,7 @@ def _print_variants(console: Console, result: MatrixResult, pairs: Mapping[int, 
         if timing is None:
             continue
         told = "" if pair is None else f"{_ratio(pair.result)} vs {_other(result, pair)}"
-        shown = next((o for o in variant.against_first if o.equal_elements is None), None)
+        shown = _shown_output(variant)
         table.add_row(
             printable(result.label(variant)),
             _seconds(timing.median_s),
@@ -681,6 +685,11 @@ def _print_variants(console: Console, result: MatrixResult, pairs: Mapping[int, 
     )
     table.caption_justify = "left"
     console.print(table)
+
+
+def _shown_output(variant: Variant) -> OutputComparison | None:
+    """The first floating-point output against the first model's."""
+    return next((output for output in variant.against_first if output.equal_elements is None), None)
 
 
 def _other(result: MatrixResult, pair: Comparison) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import StringIO
@@ -182,6 +183,10 @@ def test_one_model_is_timed_against_itself(run: Callable[..., MatrixResult]) -> 
 
 def test_two_models_alone_are_reported_as_one_comparison(run: Callable[..., MatrixResult], tmp_path: Path) -> None:
     result = run(["a", "close"], noise_floor=False)
+    console = Console(file=StringIO(), width=160)
+    print_matrix(console, result)
+    assert isinstance(console.file, StringIO)
+    assert re.search(r"output y of B: SQNR \d+\.\d dB to A's", console.file.getvalue())
     report = json.loads(to_json(matrix_report(result)))
     assert report["ratio"] == report["comparisons"][0]["ratio"]
     assert report["candidate"]["median_s"] == report["variants"][1]["timing"]["median_s"]
