@@ -210,7 +210,14 @@ def test_sensitivity_pruning_and_returned_layers_are_shown_where_a_report_has_th
     layers = [{"node": f"layer{i}", "op": "Conv", "macs": 10, "sqnr_db": 20.0 + i, "gain_db": 1.0} for i in range(3)]
     facts["sensitivity"] = {"layers": [*layers, {**layers[0], "sqnr_db": None}], "sqnr_db": 18.0, "samples": 4}
     step = {"floats": ["layer0"], "macs": 10, "sqnr_before_db": 12.0, "sqnr_after_db": None, "why": "a wide range"}
-    facts["search"] = {"returned": [step]}
+    facts["search"] = {
+        "returned": [step],
+        "sensitivity": [{"kind": "tensor", "name": "/act/Mul_output_0", "alone_sqnr_db": 7.5}],
+    }
+    facts["islands"] = {
+        "comparisons": [{"nodes": ["/act/Mul"], "ratio": 1.25, "low": 1.2, "high": 1.3}],
+        "returned": [],
+    }
     facts["passes"][0]["details"]["channels"] = [{"node": "layer1", "before": 16, "after": 12}]
     facts["audit"]["floats"] = [{"node": "n", "operator": "Softmax", "reason": "no integer kernel"}]
     document = compress_document(facts, "version: 1")
@@ -219,6 +226,8 @@ def test_sensitivity_pruning_and_returned_layers_are_shown_where_a_report_has_th
     assert {"The most sensitive layers", "Channels per layer"} <= figures
     page = to_html(document, "")
     assert "a wide range" in page
+    assert "/act/Mul_output_0" in page
+    assert "1.25x [1.20, 1.30]" in page
     assert "25 %" in page
     assert "no integer kernel" in page
 

@@ -170,21 +170,18 @@ def _details(report: Mapping[str, Any], key: str) -> Iterator[Any]:
 def _sensitivity(report: Mapping[str, Any]) -> list[Block]:
     """What each layer costs when it alone is quantised, and what returned to float for it."""
     blocks: list[Block] = []
-    for found in _details(report, "sensitivity"):
-        layers = found["layers"] if isinstance(found, Mapping) else found
-        known = [layer for layer in layers if layer.get("sqnr_db") is not None]
-        known.sort(key=lambda layer: float(layer["sqnr_db"]))
+    for number, found in enumerate(_details(report, "sensitivity"), 1):
+        layers = [_sensitive(layer) for layer in (found["layers"] if isinstance(found, Mapping) else found)]
+        known = sorted((layer for layer in layers if layer[2] is not None), key=lambda layer: layer[2] or 0.0)
         if not known:
             continue
-        caption = "The outputs' SQNR when this layer alone is quantised: the shortest bars cost the most."
-        groups: dict[str, list[float | None]] = {layer["node"]: [layer["sqnr_db"]] for layer in known[:_LAYERS]}
-        blocks.append(bars("The most sensitive layers", caption, groups, ["SQNR"], "dB"))
-        rows = tuple(
-            (layer["node"], layer.get("op", ""), f"{layer['sqnr_db']:.1f}", count_text(layer.get("macs") or 0))
-            for layer in known
-        )
-        table = Table(("layer", "operator", "SQNR alone, dB", "MACs"), rows, text_columns=frozenset({0, 1}))
-        blocks.append(Details("All layers", (table,)))
+        caption = "The outputs' SQNR when nothing but this is in 8 bits: the shortest bars cost the most."
+        groups: dict[str, list[float | None]] = {name: [sqnr] for name, _, sqnr in known[:_LAYERS]}
+        title = "The most sensitive layers" + (f" ({number})" if number > 1 else "")  # plots are told apart by titles
+        blocks.append(bars(title, caption, groups, ["SQNR"], "dB"))
+        rows = tuple((name, what, f"{sqnr:.1f}") for name, what, sqnr in known)
+        table = Table(("layer", "what", "SQNR alone, dB"), rows, text_columns=frozenset({0, 1}))
+        blocks.append(Details("All of them", (table,)))
     for steps in _details(report, "returned"):
         rows = tuple(
             (
@@ -201,6 +198,12 @@ def _sensitivity(report: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
+def _sensitive(layer: Mapping[str, Any]) -> tuple[str, str, float | None]:
+    """(name, operator or kind, SQNR) of a layer, as a search or a measurement of sensitivity tells it."""
+    name, what = layer.get("node", layer.get("name")), layer.get("op", layer.get("kind", ""))
+    return str(name), str(what), layer.get("sqnr_db", layer.get("alone_sqnr_db"))
+
+
 def _db(value: float | None) -> str:
     return "equal" if value is None else f"{value:.1f} dB"
 
@@ -208,14 +211,15 @@ def _db(value: float | None) -> str:
 def _pruning(report: Mapping[str, Any]) -> list[Block]:
     """Channels of each layer before and after, where a pass tells them: ``[{"node", "before", "after"}, ...]``."""
     blocks: list[Block] = []
-    for layers in _details(report, "channels"):
+    for number, layers in enumerate(_details(report, "channels"), 1):
         known = [layer for layer in layers if layer["before"]]
         if not known:
             continue
         groups: dict[str, list[float | None]] = {
             layer["node"]: [float(layer["before"]), float(layer["after"])] for layer in known[:_LAYERS]
         }
-        blocks.append(bars("Channels per layer", "", groups, ["before", "after"], "channels"))
+        title = "Channels per layer" + (f" ({number})" if number > 1 else "")
+        blocks.append(bars(title, "", groups, ["before", "after"], "channels"))
         rows = tuple(
             (
                 layer["node"],
@@ -237,7 +241,23 @@ def _floats(report: Mapping[str, Any]) -> list[Block]:
         f"{count} {op}" for op, count in sorted(audit["integer"].items(), key=lambda item: (-item[1], item[0]))
     )
     left = f"{audit['quantize']} QuantizeLinear and {audit['dequantize']} DequantizeLinear are left."
-    return [Text(f"Integer in the runtime: {integer or 'nothing'}. {left}"), *float_layers(audit["floats"])]
+    blocks: list[Block] = [
+        Text(f"Integer in the runtime: {integer or 'nothing'}. {left}"),
+        *float_layers(audit["floats"]),
+    ]
+    timed = (report.get("islands") or {}).get("comparisons", ())
+    rows = tuple(
+        (", ".join(c["nodes"][:6]) + (f" and {len(c['nodes']) - 6} more" if c["nodes"][6:] else ""), _interval(c))
+        for c in timed
+    )
+    if rows:
+        caption = "Time as integers over time as floats, with 95 % intervals: above 1 the region is faster in float."
+        blocks.append(Table(("integer regions that were timed", "as integers"), rows, caption))
+    return blocks
+
+
+def _interval(comparison: Mapping[str, Any]) -> str:
+    return f"{comparison['ratio']:.2f}x [{comparison['low']:.2f}, {comparison['high']:.2f}]"
 
 
 def _passes(report: Mapping[str, Any]) -> list[Block]:
