@@ -329,6 +329,18 @@ def test_a_browser_draws_every_plot(
         assert plot["cut"] == 0, plot
 
 
+def test_a_median_at_the_edge_keeps_its_label(browse: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    figure = distributions("d", "", [("left", [1.0, 2.0, 3.0], [1, 2, 0], 0.1), ("right", [1.0, 2.0], [3, 1], 5.0)])
+    file = tmp_path / "edge.html"
+    page = to_html(Document("t", "", (Section("s", (figure,)),)), "")
+    file.write_text(re.sub(r"<meta http-equiv=.*?>", "", page).replace("</body>", f"{PROBE}</body>"))
+    dom, _ = browse(file, "--dump-dom")
+    found = re.search(r'data-probe="([^"]*)"', dom)
+    assert found is not None
+    (plot,) = json.loads(html.unescape(found[1]))["plots"]
+    assert plot["cut"] == 0
+
+
 def test_a_browser_runs_nothing_that_a_name_says(browse: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     file = tmp_path / "evil.html"
     file.write_text(to_html(evil_document(), EVIL))

@@ -199,6 +199,7 @@ def distributions(title: str, caption: str, rows: Sequence[Hill]) -> Figure:
     """Each as a hill on a line of its own, the median marked."""
 
     def draw(axes: Any) -> None:
+        widest = max(max(*edges, median) for _, edges, _, median in rows) * 1e3
         for index, (_, edges, counts, median) in enumerate(reversed(rows)):
             heights = np.array(counts[:-1], float)  # the last bin has no end
             heights *= 0.8 / max(float(heights.max(initial=0.0)), 1.0)
@@ -208,13 +209,16 @@ def distributions(title: str, caption: str, rows: Sequence[Hill]) -> Figure:
             axes.stairs(index + heights, left, baseline=index, fill=True, color=colour, alpha=0.65)
             axes.plot([median * 1e3] * 2, [index, index + 0.85], color="#1b1f24", linewidth=1.2)
             place = (median * 1e3, index + 0.85)
-            axes.annotate(seconds_text(median), place, xytext=(3, -4), textcoords="offset points", fontsize=9)
+            side = ("left", 3) if median * 1e3 < 0.7 * widest else ("right", -3)  # where there is room
+            axes.annotate(
+                seconds_text(median), place, (side[1], -4), textcoords="offset points", ha=side[0], fontsize=9
+            )
         axes.set_yticks(
             [i + 0.35 for i in range(len(rows))], [_row_label(row[0]) for row in reversed(rows)], fontsize=9
         )
         axes.grid(visible=False, axis="y")
         axes.set_ylim(-0.1, len(rows))
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.05 * widest)
         axes.set_xlabel("time of a run, ms")
 
     return _drawn(title, caption, 1.2 + 0.75 * len(rows), draw)
