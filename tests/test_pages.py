@@ -219,6 +219,7 @@ def test_sensitivity_pruning_and_returned_layers_are_shown_where_a_report_has_th
         "returned": [],
     }
     facts["passes"][0]["details"]["channels"] = [{"node": "layer1", "before": 16, "after": 12}]
+    facts["passes"][1]["changes"] = [{"kind": "pruned", "node": "layer2", "detail": "8 of 32 channels stay"}]
     facts["audit"]["floats"] = [{"node": "n", "operator": "Softmax", "reason": "no integer kernel"}]
     document = compress_document(facts, "version: 1")
     by_title = {section.title: section.blocks for section in document.sections}
@@ -229,6 +230,7 @@ def test_sensitivity_pruning_and_returned_layers_are_shown_where_a_report_has_th
     assert "/act/Mul_output_0" in page
     assert "1.25x [1.20, 1.30]" in page
     assert "25 %" in page
+    assert "75 %" in page
     assert "no integer kernel" in page
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -211,7 +212,7 @@ def _db(value: float | None) -> str:
 def _pruning(report: Mapping[str, Any]) -> list[Block]:
     """Channels of each layer before and after, where a pass tells them: ``[{"node", "before", "after"}, ...]``."""
     blocks: list[Block] = []
-    for number, layers in enumerate(_details(report, "channels"), 1):
+    for number, layers in enumerate((*_details(report, "channels"), *_pruned(report)), 1):
         known = [layer for layer in layers if layer["before"]]
         if not known:
             continue
@@ -231,6 +232,18 @@ def _pruning(report: Mapping[str, Any]) -> list[Block]:
         )
         blocks.append(Details("All layers", (Table(("layer", "before", "after", "removed"), rows),)))
     return blocks
+
+
+def _pruned(report: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """What each ``prune_channels`` says of its changes: how many channels of a node stay."""
+    for step in report["passes"]:
+        found = [
+            {"node": change["node"], "before": int(counts[2]), "after": int(counts[1])}
+            for change in step["changes"]
+            if change["kind"] == "pruned" and (counts := re.match(r"(\d+) of (\d+) ", change["detail"]))
+        ]
+        if found:
+            yield found
 
 
 def _floats(report: Mapping[str, Any]) -> list[Block]:
