@@ -382,8 +382,9 @@ def test_time_saved_grows_with_the_channels_removed() -> None:
     for saved in found.values():
         assert saved.shape == (49,)
         assert saved[0] == 0.0
-        assert np.all(np.diff(saved) >= 0)
-        assert saved[-1] > saved[-2] > 0.0
+        known = saved[np.isfinite(saved)]  # where odd widths are slow, only those that were timed
+        assert np.all(np.diff(known) >= 0)
+        assert known[-1] > known[-2] > 0.0
 
 
 def test_a_removal_keeps_what_is_last_in_its_order() -> None:

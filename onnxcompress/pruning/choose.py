@@ -173,6 +173,9 @@ class Chooser:
         fits = kept >= min(self.least, channels)
         if self.round_to > 1 and channels >= self.round_to:
             fits &= (kept % self.round_to == 0) | (kept == channels)
+        saved = self.saved.get(removal.group)
+        if saved is not None:
+            fits &= np.isfinite(saved[channels - kept])
         gone = channels - kept[fits]
         if channels in removal.mended:
             gone = np.append(gone, channels)

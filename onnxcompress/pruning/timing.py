@@ -33,6 +33,9 @@ _ROUNDS = 15
 _SECONDS = 0.4
 #: nodes of a piece, most: a residual stream through the whole network is no piece
 _MOST_NODES = 24
+#: one channel less than all must not take so much longer than all; groups of so few channels are not asked
+_SLOWER = 1.05
+_SMALL = 8
 
 
 def saved_times(
@@ -134,7 +137,8 @@ def _widths(group: CouplingGroup, cut: Cut, types: Mapping[str, TensorType]) -> 
     channels = group.channels
     step = max(1, channels // 8)
     step = step if step < 8 else -(-step // 8) * 8
-    widths = sorted({channels, 1, *range(step, channels, step)}, reverse=True)[: _WIDTHS + 1]
+    even = sorted({channels, 1, *range(step, channels, step)}, reverse=True)[: _WIDTHS + 1]
+    widths = sorted({*even, channels - 1} - {0}, reverse=True)
     generator = np.random.default_rng(0)
     jobs = {}
     for width in widths:
@@ -172,12 +176,20 @@ def _timed(jobs: Mapping[int, Callable[[], Any]]) -> dict[int, float]:
 
 
 def _saved(times: Mapping[int, float], channels: int, whole: float) -> Floats:
-    """A width between two that were timed costs what the wider one does, and no wider one is faster."""
-    widths = sorted(times)
+    """A width between two that were timed costs what the wider one does, and no wider one is faster.
+
+    Not a number where it is not known: where one channel less than all is slower than all, as for depthwise kernels
+    that want whole blocks, only the widths that were timed are.
+    """
+    odd = channels - 1
+    fussy = channels > _SMALL and times.get(odd, 0.0) > _SLOWER * times[channels]
+    widths = sorted(width for width in times if width != odd or channels <= _SMALL)
     cost = np.array([times[w] for w in widths])
     cost = np.minimum.accumulate(cost[::-1])[::-1]
     kept = channels - np.arange(channels + 1)
     place = np.searchsorted(widths, np.maximum(kept, 1))
     saved = (cost[-1] - cost[place]) / whole
+    if fussy:
+        saved[~np.isin(kept, widths)] = np.nan
     saved[-1] = cost[-1] / whole
     return np.asarray(saved, np.float64)
