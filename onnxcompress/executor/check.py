@@ -24,9 +24,9 @@ from onnxcompress.executor.spec import Numbers, Unsupported, as_tensor
 from onnxcompress.graph import Graph, constant_value, first_output
 from onnxcompress.io import PROTOBUF_LIMIT
 from onnxcompress.proto import to_proto
-from onnxcompress.session import Session
+from onnxcompress.session import Optimization, Session
 
-__all__ = ["Agreement", "check_network", "first_difference"]
+__all__ = ["Agreement", "check_network", "first_difference", "open_session"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -126,14 +126,18 @@ def _argument(array: NDArray[Any] | None, number: bool) -> Any:
 
 def _all_tensors(graph: Graph, names: Sequence[str], feeds: Arrays, threads: int) -> dict[str, NDArray[Any]]:
     """Every named tensor as onnxruntime computes it for ``feeds``."""
+    return {**dict(feeds), **open_session(graph, names, optimization="disabled", threads=threads).run(feeds)}
+
+
+def open_session(graph: Graph, names: Sequence[str], *, optimization: Optimization, threads: int = 0) -> Session:
+    """A session that answers the tensors ``names``, too."""
     model = to_proto(graph)
     if model.ByteSize() > PROTOBUF_LIMIT:
-        raise ModelError("the model is too large to compare it node by node")
+        raise ModelError("the model is too large to read its inner tensors; expected less than 2 GiB")
     given = {value.name for value in model.graph.output}
     asked = [name for name in dict.fromkeys(names) if name not in given]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)  # the runtime infers the types
-    session = Session(model, optimization="disabled", threads=threads)
-    return {**dict(feeds), **session.run(feeds)}
+    return Session(model, optimization=optimization, threads=threads)
 
 
 def _error(found: NDArray[Any], wanted: NDArray[Any]) -> float:
