@@ -60,11 +60,7 @@ def _thresholded_relu(spec: Spec) -> Kernel:
 
 def _hard_sigmoid(spec: Spec) -> Kernel:
     alpha, beta = spec.attribute("alpha", 0.2), spec.attribute("beta", 0.5)
-    return lambda x: torch.clamp(alpha * x + beta, 0.0, 1.0)
-
-
-def _hard_swish(x: Tensor) -> Tensor:
-    return x * torch.clamp(x / 6 + 0.5, 0.0, 1.0)
+    return lambda x: _clamped(alpha * x + beta, 0.0, 1.0)
 
 
 def _gelu(spec: Spec) -> Kernel:
@@ -100,13 +96,21 @@ def _softplus(x: Tensor) -> Tensor:
 def _clip(spec: Spec) -> Kernel:
     if spec.opset < 11:
         low, high = spec.attribute("min"), spec.attribute("max")
-        return (lambda x: torch.clamp(x, low, high)) if low is not None or high is not None else lambda x: x
+        return lambda x: _clamped(x, low, high)
 
     def run(x: Tensor, low: Numbers | None = None, high: Numbers | None = None) -> Tensor:
         bounds = [None if bound is None else bound.reshape(()).item() for bound in (low, high)]
-        return torch.clamp(x, *bounds) if bounds != [None, None] else x
+        return _clamped(x, *bounds)
 
     return run
+
+
+def _clamped(x: Tensor, low: float | None, high: float | None) -> Tensor:
+    if low is None and high is None:
+        return x
+    if low is not None and high is not None and low < high and x.is_floating_point():
+        return functional.hardtanh(x, low, high)  # its gradient is several times as fast as that of clamp
+    return torch.clamp(x, low, high)
 
 
 def _dropout(spec: Spec) -> Kernel:
@@ -220,7 +224,7 @@ _UNARY: Mapping[str, Callable[[Tensor], Tensor]] = {
     "Erf": torch.erf,
     "Exp": torch.exp,
     "Floor": torch.floor,
-    "HardSwish": _hard_swish,
+    "HardSwish": functional.hardswish,
     "IsNaN": torch.isnan,
     "Log": torch.log,
     "Mish": functional.mish,

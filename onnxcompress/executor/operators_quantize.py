@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from onnxcompress.executor.spec import Kernel, Operator, Spec, Table, Unsupported
+from onnxcompress.graph import constant_value
 
-__all__ = ["QUANTIZE", "MasterWeight", "quantizes"]
+__all__ = ["QUANTIZE", "MasterWeight", "fake_quantizer", "quantizes"]
 
 #: smallest and largest number of a type that values can be quantised to
 _LIMITS: Mapping[str, tuple[int, int]] = {
@@ -50,6 +52,22 @@ class _Quantize(torch.autograd.Function):  # type: ignore[misc] # torch is optio
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         inside, scale = ctx.saved_tensors
         return gradient * inside / scale, None, None, None, None
+
+
+class _FakeQuantize(torch.autograd.Function):  # type: ignore[misc]
+    """Both ways in one, for a scale that is a number; ``low`` and ``high`` are counted from the zero point."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = (low - 0.5) * scale, (high + 0.5) * scale
+        return (x / scale).round_().clamp_(low, high).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        # The gradient of hardtanh is that of clipping, and quick.
+        return torch.ops.aten.hardtanh_backward(gradient, x, *ctx.bounds), None, None, None
 
 
 class _Round(torch.autograd.Function):  # type: ignore[misc]
@@ -127,6 +145,29 @@ def _dequantize(spec: Spec) -> Kernel:
         return values * factor
 
     return run
+
+
+def fake_quantizer(quantizer: gs.Node, dequantizer: gs.Node) -> Kernel | None:
+    """One kernel for a pair of nodes with the same constant parameters for the whole tensor; None for another pair.
+
+    It takes the pair's input, and is about twice as fast as the two.
+    """
+    if quantizer.op != "QuantizeLinear" or dequantizer.op != "DequantizeLinear":
+        return None
+    pairs = [[constant_value(t) if t.name else None for t in node.inputs[1:]] for node in (quantizer, dequantizer)]
+    (scale, *zero), (other, *also) = ([v.reshape(-1) if v is not None else None for v in pair] for pair in pairs)
+    if scale is None or other is None or scale.size != 1 or scale.dtype != np.float32 or scale != other:
+        return None
+    if len(zero) != 1 or len(also) != 1 or zero[0] is None or also[0] is None or zero[0].size != 1:
+        return None
+    if zero[0].dtype != also[0].dtype or zero[0] != also[0] or zero[0].dtype.name not in _LIMITS:
+        return None
+    if set(quantizer.attrs) - {"axis"} or set(dequantizer.attrs) - {"axis"}:
+        return None
+    low, high = _LIMITS[zero[0].dtype.name]
+    factor, offset = float(scale[0]), int(zero[0][0])
+
+    return lambda x: _FakeQuantize.apply(x, factor, low - offset, high - offset)
 
 
 @dataclass

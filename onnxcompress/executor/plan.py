@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from onnxcompress.errors import ModelError
-from onnxcompress.executor.operators_quantize import quantizes
+from onnxcompress.executor.operators_quantize import fake_quantizer, quantizes
 from onnxcompress.executor.spec import LATEST, Kernel, Operator, Spec, Unsupported, as_tensor
 from onnxcompress.executor.table import OPERATORS
 from onnxcompress.graph import Graph, constant_value, first_output, nested_graphs, normal_domain
@@ -116,6 +116,21 @@ def needed_nodes(graph: Graph, outputs: Sequence[gs.Tensor]) -> list[gs.Node]:
     return [node for node in graph.nodes if id(node) in needed]
 
 
+def _fuse_pairs(nodes: Sequence[gs.Node], outputs: set[int]) -> tuple[dict[int, tuple[gs.Tensor, Kernel]], set[int]]:
+    """({id of a DequantizeLinear: what it and its QuantizeLinear read, one kernel for both}, ids of the latter)."""
+    fused: dict[int, tuple[gs.Tensor, Kernel]] = {}
+    done: set[int] = set()
+    for node in nodes:
+        if node.op != "QuantizeLinear" or normal_domain(node) != "" or id(node.outputs[0]) in outputs:
+            continue
+        readers = node.outputs[0].outputs
+        kernels = [fake_quantizer(node, reader) for reader in readers]
+        if readers and all(kernels) and not isinstance(node.inputs[0], gs.Constant):
+            done.add(id(node))
+            fused |= {id(r): (node.inputs[0], k) for r, k in zip(readers, kernels, strict=True) if k is not None}
+    return fused, done
+
+
 def run_step(step: Step, values: list[Any]) -> None:
     """Run one step on ``values``."""
     arguments = [values[slot] for slot in step.inputs]
@@ -189,8 +204,11 @@ class Plan:
         self.inputs = {tensor.name: self._slot(tensor) for tensor in graph.inputs}
         self._shaped |= set(self.inputs.values())
         self._steps: list[Step] = []
-        for node in needed_nodes(graph, outputs):
-            self._add(node, masters)
+        nodes = needed_nodes(graph, outputs)
+        self._fused, done = _fuse_pairs(nodes, {id(tensor) for tensor in outputs})
+        for node in nodes:
+            if id(node) not in done:
+                self._add(node, masters)
         self.outputs = [self._slot(tensor) for tensor in outputs]
         self._known: OrderedDict[Any, tuple[list[Step], list[Any]]] = OrderedDict()
 
@@ -234,6 +252,13 @@ class Plan:
 
     def _add(self, node: gs.Node, masters: Mapping[int, Kernel]) -> None:
         operator, kernel = build_kernel(node, self._graph.opset)
+        if id(node) in self._fused:
+            source, kernel = self._fused[id(node)]
+            place, result = self._slot(source), self._slot(node.outputs[0])
+            if place in self._shaped:
+                self._shaped.add(result)
+            self._steps.append(Step(node, operator, kernel, (place,), (result,)))
+            return
         kernel = masters.get(id(node), kernel)
         if torch.device(self._device).type != "cpu":
             kernel = _on_one_device(kernel)
