@@ -158,7 +158,7 @@ class _Lesson:
         self._before: Session = open_session(graph, points, optimization="disabled", threads=context.threads)
         names = [tensor.name for tensor in teacher.outputs]
         session = open_session(teacher, points, optimization="all", threads=context.threads)
-        self._objective = self._make_objective(points, names, session, kept_positions(graph))
+        self._objective = self._make_objective(points, names, session, kept_positions(graph, context.kept))
         self._wanted = list(dict.fromkeys(t.teacher for t in (*self._objective.outputs, *self._objective.blocks)))
         if len(self._objective.blocks) < len(points):  # what nobody asks for need not be computed
             session = open_session(

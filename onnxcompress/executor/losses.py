@@ -146,17 +146,20 @@ def _squared(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], targe
 # ---- block outputs -----------------------------------------------------------------------------------------------
 
 
-def kept_positions(graph: Graph) -> dict[str, dict[int, tuple[int, ...]]]:
-    """What pruning left of tensors, {tensor: {axis: positions}}, from the file's metadata."""
-    info = model_info(graph).metadata
-    text = info.get("onnxcompress.kept", info.get("kept", ""))
-    if not text:
-        return {}
+def kept_positions(graph: Graph, run: Mapping[str, Any]) -> dict[str, dict[int, tuple[int, ...]]]:
+    """What pruning left of tensors, {tensor: {axis: positions}}: of this ``run``, or from the file's metadata."""
+    text = model_info(graph).metadata.get("onnxcompress.kept", "")
     try:
-        data = json.loads(text)
-        return {name: {int(axis): _positions(value) for axis, value in axes.items()} for name, axes in data.items()}
+        data = dict(run) or json.loads(text or "{}")
+        return {str(name): _axes(value) for name, value in data.items()}
     except (ValueError, AttributeError, TypeError):
         return {}
+
+
+def _axes(value: Any) -> dict[int, tuple[int, ...]]:
+    """{axis: positions} from such a mapping, or from one axis with its positions."""
+    pairs = value.items() if isinstance(value, Mapping) else [value]
+    return {int(axis): _positions(positions) for axis, positions in pairs}
 
 
 def _positions(value: Any) -> tuple[int, ...]:
