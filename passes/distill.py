@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -49,6 +49,9 @@ Tensors = Mapping[str, Array]
 _HARMLESS = 0.85
 #: most samples that are held out
 _HELD_OUT = 1024
+#: bytes that they may have, unless they were fewer than this
+_HELD_OUT_BYTES = 1 << 28
+_LEAST_HELD_OUT = 64
 #: most steps that a budget of time is taken for
 _MOST_STEPS = 1_000_000
 #: samples that the executor is held against onnxruntime with
@@ -63,6 +66,7 @@ class Distill(Pass):
     teacher: str | None = Field(None, description="Model file to learn from; default: the input of the recipe")
     minutes: float = Field(6.0, gt=0, le=100_000, description="About how long to train, where steps are not given")
     steps: int | None = Field(None, ge=1, le=_MOST_STEPS, description="How many steps to train")
+    stop_after: int | None = Field(None, ge=1, description="Stop there although the schedule is for more steps")
     batch_size: int = Field(64, ge=1, description="Samples a step, of all processes; fewer where shapes vary")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer")
     learning_rate: float = Field(2e-4, gt=0, le=10, description="Learning rate after the warm-up")
@@ -141,6 +145,8 @@ class _Lesson:
     """One distillation."""
 
     def __init__(self, options: Distill, graph: Graph, teacher: Graph, context: Context) -> None:
+        import torch
+
         from onnxcompress.executor.check import check_network, open_session
         from onnxcompress.executor.distributed import join_processes
         from onnxcompress.executor.losses import block_points, kept_positions
@@ -151,25 +157,29 @@ class _Lesson:
         self._device = pick_device()
         self._processes: Processes = join_processes(self._device)
         _check_interfaces(graph, teacher)
+        self._threads = context.threads or (torch.get_num_threads() if self._processes.size > 1 else 0)
         few = context.data.rebatch(_CHECKED).first()
-        self._checked = check_network(graph, few.feeds, device=self._device, threads=context.threads)
+        check_network(graph, few.feeds, device=self._device, threads=self._threads)
         self._train, self._held = self._split(context.data)
         points = block_points(graph, teacher) if options.block_weight else []
-        self._before: Session = open_session(graph, points, optimization="disabled", threads=context.threads)
+        self._before: Session = open_session(graph, points, optimization="disabled", threads=self._threads)
         names = [tensor.name for tensor in teacher.outputs]
-        session = open_session(teacher, points, optimization="all", threads=context.threads)
+        session = open_session(teacher, points, optimization="all", threads=self._threads)
         self._objective = self._make_objective(points, names, session, kept_positions(graph, context.kept))
         self._wanted = list(dict.fromkeys(t.teacher for t in (*self._objective.outputs, *self._objective.blocks)))
         if len(self._objective.blocks) < len(points):  # what nobody asks for need not be computed
             session = open_session(
-                teacher, [t.teacher for t in self._objective.blocks], optimization="all", threads=context.threads
+                teacher, [t.teacher for t in self._objective.blocks], optimization="all", threads=self._threads
             )
         self._session = session
 
     # -- what to learn from -----------------------------------------------------------------------------------------
 
     def _split(self, data: Dataset) -> tuple[Dataset, list[Batch]]:
-        share = min(self._options.held_out, _HELD_OUT / data.samples)
+        first = data.first()
+        each = sum(value.nbytes for value in first.feeds.values()) / first.samples
+        most = min(_HELD_OUT, max(_LEAST_HELD_OUT, int(_HELD_OUT_BYTES / max(each, 1))))
+        share = min(self._options.held_out, most / data.samples)
         try:
             train, held = data.split(share, self._context.seed)
         except DataError:
@@ -234,6 +244,8 @@ class _Lesson:
                 constant._values = values
             changed, end = [], start
         yield Decision("steps", settings.steps)
+        if outcome.steps < settings.steps and not outcome.diverged:
+            yield Decision("stop_after", outcome.steps)
         yield Decision("augment", list(settings.changes) or ["none"])
         yield Detail("distillation", self._told(outcome, start, end, settings.changes))
         if changed:
@@ -277,6 +289,7 @@ class _Lesson:
             seed=context.seed,
             images=tuple(images),
             changes=tuple(changes),
+            stop_after=options.stop_after,
         )
         checkpoint = (Path(options.checkpoint), self._key()) if options.checkpoint is not None else None
 
@@ -296,7 +309,7 @@ class _Lesson:
         if options.steps is None:
             known = read_checkpoint(checkpoint)
             steps = known["steps"] if known is not None else self._affordable(trainer(settings))
-            settings = Settings(**{**settings.__dict__, "steps": steps})
+            settings = replace(settings, steps=steps, seconds=60 * options.minutes)
         return trainer(settings).run(), network, settings
 
     def _affordable(self, trainer: Any) -> int:
@@ -338,7 +351,9 @@ class _Lesson:
         for graph in (self._graph, self._teacher):
             digest.update(to_proto(graph).SerializeToString(deterministic=True))
         digest.update(self._context.data.fingerprint().encode())
-        options = self._options.model_dump(mode="json", exclude={"checkpoint", "teacher", "minutes", "steps"})
+        options = self._options.model_dump(
+            mode="json", exclude={"checkpoint", "teacher", "minutes", "steps", "stop_after"}
+        )
         digest.update(repr((sorted(options.items()), self._context.seed, self._context.target)).encode())
         return digest.hexdigest()
 
@@ -350,7 +365,7 @@ class _Lesson:
         from onnxcompress.executor.spec import as_tensor
         from onnxcompress.session import Session
 
-        session = Session(graph, optimization="disabled", threads=self._context.threads)
+        session = Session(graph, optimization="disabled", threads=self._threads)
         loss, agreement, count, error, signal = 0.0, 0.0, 0, 0.0, 0.0
         with torch.no_grad():
             for batch in self._held:

@@ -130,6 +130,20 @@ def test_a_budget_of_time_becomes_steps_that_repeat() -> None:
     assert stored(again.graph) == stored(result.graph)
 
 
+def test_a_schedule_that_was_cut_short_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxcompress.executor import training
+
+    monkeypatch.setattr(training, "_PATIENCE", 0.3)
+    options = {**QUICK, "steps": None, "minutes": 0.05}
+    result = Distill(**options)(student(), context())
+    decisions = result.report.decisions
+    assert decisions["stop_after"] < decisions["steps"]
+    monkeypatch.undo()
+    again = Distill(**{**options, **decisions})(student(), context())
+    assert stored(again.graph) == stored(result.graph)
+    assert again.report.details["distillation"]["steps"] == decisions["stop_after"]
+
+
 # ---- never worse -------------------------------------------------------------------------------------------------
 
 

@@ -137,7 +137,9 @@ def open_session(graph: Graph, names: Sequence[str], *, optimization: Optimizati
     given = {value.name for value in model.graph.output}
     asked = [name for name in dict.fromkeys(names) if name not in given]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)  # the runtime infers the types
-    return Session(model, optimization=optimization, threads=threads)
+    # Between short runs spinning threads would only take the processor away from torch.
+    config = {"session.intra_op.allow_spinning": "0"}
+    return Session(model, optimization=optimization, threads=threads, config=config)
 
 
 def _error(found: NDArray[Any], wanted: NDArray[Any]) -> float:

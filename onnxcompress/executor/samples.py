@@ -19,7 +19,7 @@ __all__ = ["AUGMENTATIONS", "MEMORY", "Shuffled", "augment", "image_inputs", "ro
 Array = NDArray[Any]
 
 #: bytes of samples that are held at a time
-MEMORY = 1 << 30
+MEMORY = 3 << 28
 #: changes of images that can be asked for
 AUGMENTATIONS = ("flip", "crop", "mixup")
 #: share of the size by which a crop moves an image at most
@@ -102,14 +102,8 @@ class Shuffled:
         self._data = data
         self._seed = seed
         self._memory = memory
-        self._batch = data.batch
-        self._whole: Batch | None = None
+        self._each = data.batch if data.batch is not None else data.first().samples
         self._window: list[Batch] | None = None
-
-    @property
-    def batch(self) -> int:
-        """Samples a batch, the first one's where they vary."""
-        return self._batch if self._batch is not None else self._data.first().samples
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Batch number ``start`` of the stream and those that follow."""
@@ -117,10 +111,9 @@ class Shuffled:
         while True:
             for window, batches in enumerate(self._windows()):
                 generator = np.random.default_rng([self._seed, epoch, window])
-                order = self._shuffled(batches, generator, first=window == 0)
-                for rows in order:
+                for rows in self._shuffled(batches, generator, first=window == 0):
                     if number >= start:
-                        yield self._cut(batches, rows)
+                        yield batches[rows] if isinstance(rows, int) else rows_of(batches[0], rows)
                     number += 1
             epoch += 1
 
@@ -135,35 +128,22 @@ class Shuffled:
             held.append(kept)
             size += sum(v.nbytes for v in kept.feeds.values())
             if size > self._memory:
-                yield held
+                yield _joined(held)
                 held, size, windows = [], 0, windows + 1
-        if held and windows == 0:
-            self._window = held
         if held:
-            yield held
+            joined = _joined(held)
+            self._window = joined if windows == 0 else None
+            yield joined
 
     def _shuffled(self, batches: list[Batch], generator: np.random.Generator, *, first: bool) -> list[Any]:
         """What each training batch of a window holds: numbers of samples, or the number of a batch."""
-        if not _mixable(batches):
+        if len(batches) > 1 or not _mixable(batches):
             return [int(i) for i in generator.permutation(len(batches))]
-        count = sum(batch.samples for batch in batches)
-        each = self._batch or batches[0].samples
+        count = batches[0].samples
+        each = self._each
         each = min(each, count) if first else each
         order = generator.permutation(count)
         return [order[i : i + each] for i in range(0, count - each + 1, each)]
-
-    def _cut(self, batches: list[Batch], rows: Any) -> Batch:
-        if isinstance(rows, int):
-            return batches[rows]
-        if self._window is None or self._whole is None:
-            whole = _joined(batches)
-            if self._window is not None:
-                self._whole = whole
-                self._window = [whole]
-                batches[:] = [whole]
-        else:
-            whole = self._whole
-        return rows_of(whole, rows)
 
 
 def _mixable(batches: Sequence[Batch]) -> bool:
@@ -176,10 +156,11 @@ def _mixable(batches: Sequence[Batch]) -> bool:
     return all(each for _, each in first.values()) and all(kind(batch) == first for batch in batches)
 
 
-def _joined(batches: Sequence[Batch]) -> Batch:
-    if len(batches) == 1:
-        return batches[0]
+def _joined(batches: list[Batch]) -> list[Batch]:
+    """``batches`` as one where their samples can be mixed."""
+    if len(batches) < 2 or not _mixable(batches):
+        return batches
     feeds = {name: np.concatenate([b.feeds[name] for b in batches]) for name in batches[0].feeds}
     labels = [b.labels for b in batches if b.labels is not None]
     joined = np.concatenate(labels) if len(labels) == len(batches) else None
-    return Batch(feeds, joined, sum(b.samples for b in batches))
+    return [Batch(feeds, joined, sum(b.samples for b in batches))]

@@ -40,6 +40,8 @@ Teacher = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 _CHECKPOINT_SECONDS = 20.0
 #: steps of warm-up, unless that were more than half of all: the first steps of Adam are as large as its rate allows
 _LEAST_WARMUP = 50
+#: times the planned seconds after which training is cut short
+_PATIENCE = 1.3
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Settings:
     evaluations: int = 20
     images: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+    #: stop there, though the schedule is longer
+    stop_after: int | None = None
+    #: how long it should take, where that matters
+    seconds: float | None = None
 
     def rate(self, step: int) -> float:
         """Learning rate of a step as a share of the full one: linear warm-up, then half a cosine down to nothing."""
@@ -95,11 +101,19 @@ class Outcome:
     curve: list[Evaluation] = field(default_factory=list)
     seconds: float = 0.0
     steps: int = 0
+    #: True where the loss was not a number any more
+    diverged: bool = False
 
     @property
     def improved(self) -> bool:
         """False where the start was never beaten."""
         return self.best.step > 0
+
+
+def _description(outcome: Outcome, now: Evaluation) -> str:
+    """For the progress bar."""
+    figures = f"{100 * outcome.start.agreement:.2f} % -> {100 * now.agreement:.2f} %"
+    return f"distilling, agreement {figures}, loss {outcome.start.loss:.3g} -> {now.loss:.3g}"
 
 
 @contextmanager
@@ -154,7 +168,8 @@ class Trainer:
         self._checkpoint = checkpoint
         self._parameters = [item.parameter for item in network.trained]
         self._optimizer = self._make_optimizer()
-        self._held = [(batch.feeds, self._answers(batch.feeds)) for batch in held_out]
+        judged = {target.teacher for target in objective.outputs}  # block outputs of all samples would be too much
+        self._held = [(b.feeds, {n: v for n, v in self._answers(b.feeds).items() if n in judged}) for b in held_out]
         self._average = [p.detach().clone() for p in self._parameters] if settings.average else []
 
     def _make_optimizer(self) -> Any:
@@ -214,11 +229,13 @@ class Trainer:
         losses: list[float] = []
         saved = time.monotonic()
         steps = range(first, s.steps)
-        for step, batch in zip(
-            self._progress.track(steps, self._description(outcome), len(steps)), self._data.batches(first), strict=False
-        ):
+        tracked = self._progress.track(steps, _description(outcome, outcome.best), len(steps))
+        for step, batch in zip(tracked, self._data.batches(first), strict=False):
+            if self._is_over(step, begun):
+                break
             losses.append(self._step(model, batch, step))
             if not math.isfinite(losses[-1]):
+                outcome.diverged = True
                 break
             if s.is_due(step + 1):
                 found = self.evaluate(step + 1, float(np.mean(losses)))
@@ -227,18 +244,31 @@ class Trainer:
                 if found.better_than(outcome.best, outcome.start):
                     outcome.best = found
                     best = self._state()
+                describe = getattr(self._progress, "describe", None)
+                if describe is not None:
+                    describe(_description(outcome, found))
                 if self._checkpoint and (time.monotonic() - saved > _CHECKPOINT_SECONDS or step + 1 == s.steps):
                     self._save(step + 1, outcome, best)
                     saved = time.monotonic()
             outcome.steps = step + 1
+        if outcome.curve[-1].step != outcome.steps and losses and not outcome.diverged:  # cut short
+            found = self.evaluate(outcome.steps, float(np.mean(losses)))
+            outcome.curve.append(found)
+            if found.better_than(outcome.best, outcome.start):
+                outcome.best, best = found, self._state()
         with torch.no_grad():
             for parameter, value in zip(self._parameters, best, strict=True):
                 parameter.copy_(value)
         outcome.seconds += time.perf_counter() - begun
         return outcome
 
-    def _description(self, outcome: Outcome) -> str:
-        return f"distilling, agreement {100 * outcome.best.agreement:.2f} % at the start"
+    def _is_over(self, step: int, begun: float) -> bool:
+        """True where the schedule is cut short: as a saved recipe says, or because the machine got slower."""
+        s = self._settings
+        if s.stop_after is not None:
+            return step >= s.stop_after
+        late = s.seconds is not None and time.perf_counter() - begun > _PATIENCE * s.seconds
+        return late and self._processes.size == 1
 
     def _step(self, model: Any, batch: Batch, step: int) -> float:
         s = self._settings
