@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from onnxcompress.executor.distributed import Processes
     from onnxcompress.executor.losses import Kind, Objective
     from onnxcompress.executor.network import Network
-    from onnxcompress.executor.training import Outcome
+    from onnxcompress.executor.training import Outcome, Trainer
     from onnxcompress.session import Session
 
 __all__ = ["Distill"]
@@ -52,6 +52,12 @@ _HELD_OUT = 1024
 #: bytes that they may have, unless they were fewer than this
 _HELD_OUT_BYTES = 1 << 28
 _LEAST_HELD_OUT = 64
+#: usual learning rates; with folded BatchNormalization, five times as much falls apart
+_RATES = {"adamw": 2e-4, "sgd": 2e-3}
+#: what is tried of them, for how many steps each, and steps from which that is worth its time
+_TRIED = (3.0, 1.0, 0.3, 0.1)
+_TRIAL_STEPS = 40
+_LEAST_FOR_TRIALS = 200
 #: most steps that a budget of time is taken for
 _MOST_STEPS = 1_000_000
 #: samples that the executor is held against onnxruntime with
@@ -69,11 +75,13 @@ class Distill(Pass):
     stop_after: int | None = Field(None, ge=1, description="Stop there although the schedule is for more steps")
     batch_size: int = Field(64, ge=1, description="Samples a step, of all processes; fewer where shapes vary")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer")
-    learning_rate: float = Field(2e-4, gt=0, le=10, description="Learning rate after the warm-up")
+    learning_rate: float | None = Field(
+        None, gt=0, le=10, description="Learning rate after the warm-up; default: found by short trials"
+    )
     warmup: float = Field(0.1, ge=0, le=0.5, description="Share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, le=1, description="Weight decay")
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0: no limit")
-    average: float = Field(0.0, ge=0, lt=1, description="Decay of a running average of the weights; 0: none")
+    average: float = Field(0.99, ge=0, lt=1, description="Decay of the running average of the weights that is judged")
     temperature: float = Field(4.0, gt=0, le=1000, description="Temperature of the softmax of class scores")
     output_weight: float = Field(1.0, ge=0, description="Weight of the divergence or the cosine of the outputs")
     value_weight: float = Field(1.0, ge=0, description="Weight of the squared error of the outputs")
@@ -246,6 +254,7 @@ class _Lesson:
         yield Decision("steps", settings.steps)
         if outcome.steps < settings.steps and not outcome.diverged:
             yield Decision("stop_after", outcome.steps)
+        yield Decision("learning_rate", settings.learning_rate)
         yield Decision("augment", list(settings.changes) or ["none"])
         yield Detail("distillation", self._told(outcome, start, end, settings.changes))
         if changed:
@@ -281,7 +290,7 @@ class _Lesson:
         settings = Settings(
             steps=options.steps or 1,
             optimizer=options.optimizer,
-            learning_rate=options.learning_rate,
+            learning_rate=options.learning_rate or _RATES[options.optimizer],
             weight_decay=options.weight_decay,
             warmup=options.warmup,
             clip=options.clip,
@@ -310,12 +319,29 @@ class _Lesson:
             known = read_checkpoint(checkpoint)
             steps = known["steps"] if known is not None else self._affordable(trainer(settings))
             settings = replace(settings, steps=steps, seconds=60 * options.minutes)
+        if options.learning_rate is None and settings.steps >= _LEAST_FOR_TRIALS:
+            known = read_checkpoint(checkpoint)
+            rate = known["learning_rate"] if known is not None else self._rate(trainer(settings))
+            settings = replace(settings, learning_rate=rate)
         return trainer(settings).run(), network, settings
 
-    def _affordable(self, trainer: Any) -> int:
+    def _rate(self, trainer: Trainer) -> float:
+        """The learning rate with the lowest loss after a short training."""
+        usual = _RATES[self._options.optimizer]
+        rates = [usual * factor for factor in _TRIED]
+        found = {
+            rate: self._processes.agreed(trainer.trial(rate, _TRIAL_STEPS))
+            for rate in self._context.progress.track(rates, "trying learning rates", len(rates))
+        }
+        return min(rates, key=lambda rate: found[rate])
+
+    def _affordable(self, trainer: Trainer) -> int:
         """How many steps fit into the time; a tenth of it is for judging."""
         seconds = self._processes.agreed(trainer.seconds_a_step())
-        return max(1, min(_MOST_STEPS, int(0.9 * 60 * self._options.minutes / seconds)))
+        steps = int(0.9 * 60 * self._options.minutes / seconds)
+        if self._options.learning_rate is None and steps >= _LEAST_FOR_TRIALS + _TRIAL_STEPS * len(_TRIED):
+            steps -= _TRIAL_STEPS * len(_TRIED)
+        return max(1, min(_MOST_STEPS, steps))
 
     def _changes(self) -> tuple[list[str], list[str]]:
         """(inputs that are images, changes to make): those asked for, or those that the teacher does not mind."""

@@ -39,25 +39,37 @@ _ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "HardSwish", "Gelu", "Sigm
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Concat", "MaxPool", "LayerNormalization")
 #: most block outputs that are compared
 MOST_POINTS = 16
-#: cosine from which a student's tensor is taken for its teacher's, and how far their sizes may be apart
-_ALIKE = 0.6
-_SIZES = (0.4, 2.5)
+#: squared error over squared signal up to which a student's tensor is taken for its teacher's
+_ALIKE = 0.7
+_ALIKE_SCALED = 0.1
+#: times that the error may be larger than it were if each channel had the best scale, and what is no error at all
+_SCALED = 3.0
+_EXACT = 1e-3
 
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor to reproduce. ``power`` is the teacher's mean square; ``keep`` what is left of it, by axis."""
+    """One tensor to reproduce.
+
+    ``power`` is its mean square, ``keep`` what is left of the teacher's, by axis, and ``scale`` what its channels were
+    multiplied by (empty: nothing).
+    """
 
     student: str
     teacher: str
     kind: Kind
     power: float
     keep: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    scale: tuple[float, ...] = ()
 
     def of_teacher(self, value: Tensor) -> Tensor:
-        """The part of the teacher's tensor that the student has."""
+        """The part of the teacher's tensor that the student has, as the student has it."""
         for axis, indices in self.keep.items():
             value = value.index_select(axis, torch.tensor(indices, device=value.device))
+        if self.scale:
+            axis = _channel_axis(value.ndim)
+            factors = torch.tensor(self.scale, dtype=value.dtype, device=value.device)
+            value = value * factors.reshape([-1 if a == axis else 1 for a in range(value.ndim)])
         return value
 
 
@@ -196,11 +208,21 @@ def block_points(student: Graph, teacher: Graph) -> list[str]:
 
 
 def _after_activation(tensor: gs.Tensor, known: set[str]) -> str | None:
-    """The tensor behind the activation that alone reads ``tensor``, or itself; None where the teacher has neither."""
-    readers = tensor.outputs
-    if len(readers) == 1 and readers[0].op in _ACTIVATIONS and readers[0].outputs[0].name in known:
-        return str(readers[0].outputs[0].name)
-    return str(tensor.name) if tensor.name in known else None
+    """The last tensor that the teacher has of ``tensor``, its activation and its quantised form; None for none.
+
+    A quantised tensor has its old name behind the DequantizeLinear.
+    """
+    found = str(tensor.name) if tensor.name in known else None
+    for _ in range(4):
+        readers = tensor.outputs
+        if tensor.inputs and tensor.inputs[0].op == "QuantizeLinear":
+            readers = [r for r in readers if r.op == "DequantizeLinear" and r.outputs[0].name in known][:1]
+        if len(readers) != 1 or readers[0].op not in (*_ACTIVATIONS, "QuantizeLinear", "DequantizeLinear"):
+            break
+        tensor = readers[0].outputs[0]
+        if readers[0].op != "QuantizeLinear" and tensor.name in known:
+            found = str(tensor.name)
+    return found
 
 
 def _is_computed(tensor: gs.Tensor) -> bool:
@@ -223,8 +245,8 @@ def matched(
 ) -> list[Target]:
     """Those ``points`` at which both networks compute the same thing, from the values of one batch.
 
-    Shapes must be the same once what pruning removed is left out, and so, roughly, must be the values: a tensor that a
-    pass scaled has its name and not its meaning.
+    Shapes must be the same once what pruning removed is left out, and so, roughly, must be the values, once channels
+    that a pass scaled are scaled back.
     """
     found = []
     for name in points:
@@ -238,10 +260,36 @@ def matched(
             b = np.take(b, indices, axis)
         if a.shape != b.shape:
             continue
-        x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-        sizes = float(np.linalg.norm(x)), float(np.linalg.norm(y))
-        if not min(sizes) > 0 or not np.isfinite(sizes).all():
+        scale = _scale(a.astype(np.float64), b.astype(np.float64))
+        if scale is None:
             continue
-        if x @ y / (sizes[0] * sizes[1]) >= _ALIKE and _SIZES[0] <= sizes[0] / sizes[1] <= _SIZES[1]:
-            found.append(Target(name, name, "values", float(np.mean(y * y)), dict(keep)))
+        power = float(np.mean(np.square(_scaled(b, scale), dtype=np.float64)))
+        found.append(Target(name, name, "values", power, dict(keep), tuple(scale.tolist())))
     return found
+
+
+def _channel_axis(rank: int) -> int:
+    return 1 if rank > 3 else rank - 1
+
+
+def _scaled(value: Array, scale: NDArray[np.float64]) -> Array:
+    axis = _channel_axis(value.ndim)
+    return value * scale.reshape([-1 if a == axis else 1 for a in range(value.ndim)]) if scale.size else value
+
+
+def _scale(a: Array, b: Array) -> NDArray[np.float64] | None:
+    """Factors of the channels of ``b`` with which it is ``a`` but for an error: none where there is no need for any.
+
+    A pass that evens out ranges scales channels, and the tensor keeps its name. None for something else.
+    """
+    axis = _channel_axis(b.ndim)
+    x, y = (np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) for v in (a, b))
+    signal, error = float(np.sum(y * y)), float(np.sum(np.square(x - y)))
+    if not signal > 0 or not np.isfinite(error):
+        return None
+    powers = np.sum(y * y, axis=1)
+    scale = np.divide(np.sum(x * y, axis=1), powers, out=np.zeros_like(powers), where=powers > 0)
+    rest, own = float(np.sum(np.square(x - y * scale[:, None]))), float(np.sum(x * x))
+    if error > _SCALED * rest + _EXACT * signal:
+        return scale if rest <= _ALIKE_SCALED * own and (scale[powers > 0] > 0).all() else None
+    return np.empty(0) if error <= _ALIKE * signal else None

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ class Settings:
     weight_decay: float = 0.0
     warmup: float = 0.1
     clip: float = 1.0
-    average: float = 0.0
+    average: float = 0.99
     seed: int = 0
     evaluations: int = 20
     images: tuple[str, ...] = ()
@@ -187,6 +187,28 @@ class Trainer:
     def _answers(self, feeds: Mapping[str, Array]) -> dict[str, Tensor]:
         device = self._network.device
         return {name: as_tensor(value).to(device) for name, value in self._teacher(feeds).items()}
+
+    # -- the learning rate -----------------------------------------------------------------------------------------
+
+    def trial(self, rate: float, steps: int) -> float:
+        """Mean training loss at the end of a short training of its own; the network is as before afterwards.
+
+        It is the loss on batches that are the same for every rate, not that on held-out samples: those may have taken
+        part in making the student, and would vote for leaving it as it is.
+        """
+        start = [p.detach().clone() for p in self._parameters]
+        kept = self._settings, self._optimizer, self._average
+        self._settings = replace(self._settings, steps=steps, learning_rate=rate)
+        self._optimizer, self._average = self._make_optimizer(), []
+        losses = []
+        for step, batch in zip(range(steps), self._data.batches(), strict=False):
+            losses.append(self._step(self._network, batch, step))
+            if not math.isfinite(losses[-1]):
+                break
+        self._settings, self._optimizer, self._average = kept
+        self._put(start)
+        mean = float(np.mean(losses[-max(1, steps // 3) :]))
+        return mean if math.isfinite(mean) and len(losses) == steps else math.inf
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -333,6 +355,7 @@ class Trainer:
                     arrays[f"optimizer.{i}.{name}"] = value.detach().cpu().contiguous().numpy()
         curve = [[e.step, e.loss, e.agreement, e.training] for e in outcome.curve]
         about = {"key": key, "step": step, "best": outcome.best.step, "curve": curve, "steps": self._settings.steps}
+        about["learning_rate"] = self._settings.learning_rate
         arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
         try:
             handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
