@@ -234,6 +234,21 @@ def test_a_quantised_network_trains_its_integers() -> None:
     assert np.mean((served - 0.5) ** 2) == pytest.approx(losses[-1], rel=0.5)
 
 
+def test_a_pair_with_one_scale_is_one_step_with_the_same_result() -> None:
+    model = quantised()
+    network = Network(from_proto(model), trainable=False)
+    feeds = make_feeds(model)
+    with torch.no_grad():
+        found = network(network.feeds(feeds))["y"].numpy()
+    ((steps, _),) = network.plan._known.values()
+    assert [step.node.op for step in steps] == [
+        *("DequantizeLinear", "Conv", "Relu", "QuantizeLinear", "Slice", "DequantizeLinear"),
+        *("GlobalAveragePool", "Flatten"),
+    ]
+    wanted = Session(model, optimization="disabled", threads=1).run(feeds)["y"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
 # ---- the check against onnxruntime ---------------------------------------------------------------------------------
 
 
