@@ -52,8 +52,8 @@ _HELD_OUT = 1024
 #: bytes that they may have, unless they were fewer than this
 _HELD_OUT_BYTES = 1 << 28
 _LEAST_HELD_OUT = 64
-#: usual learning rates; with folded BatchNormalization, five times as much falls apart
-_RATES = {"adamw": 2e-4, "sgd": 2e-3}
+#: usual learning rates
+_RATES = {"adamw": 1e-3, "sgd": 2e-3}
 #: what is tried of them, for how many steps each, and steps from which that is worth its time
 _TRIED = (3.0, 1.0, 0.3, 0.1)
 _TRIAL_STEPS = 40
@@ -76,7 +76,7 @@ class Distill(Pass):
     batch_size: int = Field(64, ge=1, description="Samples a step, of all processes; fewer where shapes vary")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer")
     learning_rate: float | None = Field(
-        None, gt=0, le=10, description="Learning rate after the warm-up; default: found by short trials"
+        None, gt=0, le=10, description="Learning rate; adamw's is relative to each weight's size. Default: by trial"
     )
     warmup: float = Field(0.1, ge=0, le=0.5, description="Share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, le=1, description="Weight decay")

@@ -120,22 +120,26 @@ class Objective:
 
     def output_loss(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
         """The part that outputs have in it."""
-        total: Any = torch.zeros(())
+        return self.sample_losses(student, teacher).mean()
+
+    def sample_losses(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+        """[samples]: the same, sample by sample."""
+        total: Any = 0.0
         for target in self.outputs:
             found, wanted = student[target.student], target.of_teacher(teacher[target.teacher])
+            a, b = found.reshape(len(found), -1), wanted.reshape(len(found), -1)
             if target.kind in ("classes", "probabilities"):
                 total = total + self.output_weight * self._divergence(found, wanted, target.kind)
             elif target.kind == "embedding":
-                a, b = found.reshape(len(found), -1), wanted.reshape(len(wanted), -1)
-                total = total + self.output_weight * (1 - functional.cosine_similarity(a, b)).mean()
-            total = total + self.value_weight * _squared(student, teacher, target)
+                total = total + self.output_weight * (1 - functional.cosine_similarity(a, b))
+            total = total + self.value_weight * (a - b).square().mean(1) / target.power
         return total / max(len(self.outputs), 1)
 
     def _divergence(self, found: Tensor, wanted: Tensor, kind: Kind) -> Tensor:
         t = self.temperature
         a = functional.log_softmax(class_scores(found, kind) / t, 1)
         b = functional.log_softmax(class_scores(wanted, kind) / t, 1)
-        return functional.kl_div(a, b, reduction="batchmean", log_target=True) * t * t
+        return functional.kl_div(a, b, reduction="none", log_target=True).sum(1) * t * t
 
     def agreement(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
         """[samples]: how far outputs agree: 1 or 0 for the top class, else the cosine; the mean over outputs."""

@@ -31,11 +31,15 @@ from onnxcompress.executor.network import Network
 from onnxcompress.executor.samples import Shuffled, augment
 from onnxcompress.executor.spec import as_tensor
 
-__all__ = ["Evaluation", "Outcome", "Settings", "Trainer", "deterministic"]
+__all__ = ["Evaluation", "Outcome", "Settings", "Trainer", "deterministic", "read_checkpoint", "surely"]
 
 Array = NDArray[Any]
 Teacher = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
+#: standard errors by which a state must beat the start: few held-out samples let chance win otherwise
+SURE = 2.0
+#: least root mean square that a weight and a vector are taken to have
+_SMALL_WEIGHT, _SMALL_VECTOR = 1e-3, 1e-2
 #: seconds between two checkpoints
 _CHECKPOINT_SECONDS = 20.0
 #: steps of warm-up, unless that were more than half of all: the first steps of Adam are as large as its rate allows
@@ -86,10 +90,12 @@ class Evaluation:
     agreement: float
     #: mean of the training loss since the last one
     training: float | None = None
+    #: how much lower the loss is than at the start, in standard errors of the paired difference
+    gain: float = 0.0
 
     def better_than(self, other: Evaluation, start: Evaluation) -> bool:
-        """True where the loss is lower and the agreement is not below that of the start."""
-        return self.loss < other.loss and self.agreement >= start.agreement
+        """True where the loss is lower, surely lower than at the start, and the agreement not below that."""
+        return self.loss < other.loss and self.gain >= SURE and self.agreement >= start.agreement
 
 
 @dataclass
@@ -108,6 +114,15 @@ class Outcome:
     def improved(self) -> bool:
         """False where the start was never beaten."""
         return self.best.step > 0
+
+
+def _size(parameter: Any) -> float:
+    """The root mean square of a parameter, which a learning rate is relative to.
+
+    Source: N. Shazeer, M. Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018, section 8.
+    """
+    least = _SMALL_WEIGHT if parameter.ndim > 1 else _SMALL_VECTOR
+    return max(float(parameter.detach().double().square().mean().sqrt()), least)
 
 
 def _description(outcome: Outcome, now: Evaluation) -> str:
@@ -129,6 +144,16 @@ def deterministic(threads: int, device: Any) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
+
+
+def surely(before: Array, after: Array) -> float:
+    """How much lower ``after`` is than ``before``, both [samples], in standard errors of the mean difference."""
+    difference = before - after
+    mean = float(difference.mean())
+    if len(difference) < 2 or not math.isfinite(mean):
+        return 0.0
+    error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
+    return mean / error if error > 0 else 0.0
 
 
 class Trainer:
@@ -170,6 +195,7 @@ class Trainer:
         self._optimizer = self._make_optimizer()
         judged = {target.teacher for target in objective.outputs}  # block outputs of all samples would be too much
         self._held = [(b.feeds, {n: v for n, v in self._answers(b.feeds).items() if n in judged}) for b in held_out]
+        self._start: Array = np.empty(0)
         self._average = [p.detach().clone() for p in self._parameters] if settings.average else []
 
     def _make_optimizer(self) -> Any:
@@ -178,11 +204,13 @@ class Trainer:
             return torch.optim.SGD(
                 self._parameters, s.learning_rate, momentum=0.9, nesterov=True, weight_decay=s.weight_decay
             )
-        # A weight decays, a bias or a scale does not.
-        decaying = [p for p in self._parameters if p.ndim > 1]
-        others = [p for p in self._parameters if p.ndim <= 1]
-        groups = [{"params": decaying, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW([group for group in groups if group["params"]], s.learning_rate)
+        # Adam's step is as large as its rate, whatever the weight: with folded BatchNormalization, weights of one layer
+        # are twenty times as large as those of another. A weight decays, a bias or a scale does not.
+        groups = [
+            {"params": [p], "scale": _size(p), "weight_decay": s.weight_decay if p.ndim > 1 else 0.0}
+            for p in self._parameters
+        ]
+        return torch.optim.AdamW(groups, s.learning_rate)
 
     def _answers(self, feeds: Mapping[str, Array]) -> dict[str, Tensor]:
         device = self._network.device
@@ -241,9 +269,9 @@ class Trainer:
     def run(self) -> Outcome:
         """Train, and leave the best state in the network."""
         begun = time.perf_counter()
+        start = self.evaluate(0)
         first, outcome, best = self._resumed()
         if outcome is None:
-            start = self.evaluate(0)
             outcome, first = Outcome(start, start, [start]), 0
         best = best if best is not None else [p.detach().clone() for p in self._parameters]
         s = self._settings
@@ -295,7 +323,7 @@ class Trainer:
     def _step(self, model: Any, batch: Batch, step: int) -> float:
         s = self._settings
         for group in self._optimizer.param_groups:
-            group["lr"] = s.learning_rate * s.rate(step)
+            group["lr"] = s.learning_rate * s.rate(step) * group.get("scale", 1.0)
         self._optimizer.zero_grad(set_to_none=True)
         loss = self.step_loss(model, batch, step)
         loss.backward()
@@ -318,19 +346,23 @@ class Trainer:
         own = [p.detach().clone() for p in self._parameters] if self._average and step else None
         if own is not None:
             self._put(self._average)
-        loss, agreement, count = 0.0, 0.0, 0
+        losses: list[Tensor] = []
+        agreement, count = 0.0, 0
         with torch.no_grad():
             for feeds, wanted in self._held:
                 found = self._network(self._network.feeds(feeds))
                 each = self._objective.agreement(found, wanted)
-                loss += float(self._objective.output_loss(found, wanted)) * len(each)
+                losses.append(self._objective.sample_losses(found, wanted).double().cpu())
                 agreement += float(each.sum())
                 count += len(each)
         if own is not None:
             self._put(own)
         if not count:
             raise DataError("there are no held-out samples to judge by; give more samples")
-        return Evaluation(step, loss / count, agreement / count, training)
+        all_losses = torch.cat(losses).numpy()
+        if not step:
+            self._start = all_losses
+        return Evaluation(step, float(all_losses.mean()), agreement / count, training, surely(self._start, all_losses))
 
     def _put(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():
@@ -353,7 +385,7 @@ class Trainer:
             for name, value in self._optimizer.state[parameter].items():
                 if isinstance(value, Tensor):
                     arrays[f"optimizer.{i}.{name}"] = value.detach().cpu().contiguous().numpy()
-        curve = [[e.step, e.loss, e.agreement, e.training] for e in outcome.curve]
+        curve = [[e.step, e.loss, e.agreement, e.training, e.gain] for e in outcome.curve]
         about = {"key": key, "step": step, "best": outcome.best.step, "curve": curve, "steps": self._settings.steps}
         about["learning_rate"] = self._settings.learning_rate
         arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
@@ -370,7 +402,7 @@ class Trainer:
         about = read_checkpoint(self._checkpoint)
         if about is None or self._checkpoint is None or about["steps"] != self._settings.steps:
             return 0, None, None
-        curve = [Evaluation(int(s), loss, agreement, t) for s, loss, agreement, t in about["curve"]]
+        curve = [Evaluation(int(s), loss, agreement, t, gain) for s, loss, agreement, t, gain in about["curve"]]
         best: list[Tensor] = []
         with np.load(self._checkpoint[0], allow_pickle=False) as stored, torch.no_grad():
             for i, parameter in enumerate(self._parameters):
