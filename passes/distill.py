@@ -5,7 +5,8 @@ runs on onnxruntime, the student on torch (:mod:`onnxcompress.executor`), which 
 loss compares outputs, and block outputs at the points where both networks compute the same thing. A part of the samples
 is held out; the state that does best on it is kept, and only if it beats the start as onnxruntime serves it.
 
-A network with folded BatchNormalization is fragile: the learning rate is low and warms up.
+A network with folded BatchNormalization is fragile: the learning rate is relative to the size of each weight, is found
+by short trials, and warms up.
 
 Source: G. Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; L. Beyer et al., "Knowledge
 distillation: A good teacher is patient and consistent", CVPR 2022, for showing both networks the same changed image.

@@ -7,6 +7,7 @@ torch is there.
 - ``plan``: an order of execution for given input shapes, resolved once
 - ``network``: a graph as a torch module whose parameters are its weights
 - ``check``: the module against onnxruntime, node by node where they differ
+- ``losses``, ``samples``, ``training``, ``distributed``: what a student learns, from what, how, and with whom
 """
 
 from __future__ import annotations

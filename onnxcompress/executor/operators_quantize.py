@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -236,11 +235,6 @@ class MasterWeight:
         values = rounded.to("cpu", torch.float64).numpy()
         whole: NDArray[Any] = np.rint(values).astype(self.start.dtype).reshape(self.start.shape)
         return whole
-
-    @property
-    def elements(self) -> int:
-        """How many numbers."""
-        return prod(self.start.shape)
 
 
 QUANTIZE: Table = MappingProxyType(
