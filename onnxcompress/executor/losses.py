@@ -13,7 +13,6 @@ Source: G. Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from onnxcompress.graph import Graph, model_info, normal_domain
+from onnxcompress.kept import Kept, read_kept
 
 __all__ = ["Kind", "Objective", "Target", "block_points", "class_scores", "kept_positions", "kind_of", "matched"]
 
@@ -162,31 +162,14 @@ def _squared(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], targe
 # ---- block outputs -----------------------------------------------------------------------------------------------
 
 
-def kept_positions(graph: Graph, run: Mapping[str, Any]) -> dict[str, dict[int, tuple[int, ...]]]:
-    """What pruning left of tensors, {tensor: {axis: positions}}: of this ``run``, or from the file's metadata."""
+def kept_positions(graph: Graph, run: Kept) -> Kept:
+    """What pruning left of tensors: of this ``run``, or else what the file's metadata say.
+
+    Raises:
+        ModelError: the metadata cannot be read.
+    """
     text = model_info(graph).metadata.get("onnxcompress.kept", "")
-    try:
-        data = dict(run) or json.loads(text or "{}")
-        return {str(name): _axes(value) for name, value in data.items()}
-    except (ValueError, AttributeError, TypeError):
-        return {}
-
-
-def _axes(value: Any) -> dict[int, tuple[int, ...]]:
-    """{axis: positions} from such a mapping, or from one axis with its positions."""
-    pairs = value.items() if isinstance(value, Mapping) else [value]
-    return {int(axis): _positions(positions) for axis, positions in pairs}
-
-
-def _positions(value: Any) -> tuple[int, ...]:
-    """Positions from a list, or from text such as ``0-5,7``."""
-    if not isinstance(value, str):
-        return tuple(int(v) for v in value)
-    found: list[int] = []
-    for run in value.split(",") if value else ():
-        first, _, last = run.partition("-")
-        found.extend(range(int(first), int(last or first) + 1))
-    return tuple(found)
+    return run or (read_kept(text) if text else {})
 
 
 def block_points(student: Graph, teacher: Graph) -> list[str]:
