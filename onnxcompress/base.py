@@ -183,6 +183,8 @@ class Context:
     reference: Graph | None = None
     #: what the quantising pass of this run made its graph from, to write it again with other layers float
     variants: Variants | None = None
+    #: what the passes of this run removed so far, as :class:`PassResult` has it; a pipeline keeps it up to date
+    kept: Kept = field(default_factory=dict)
     #: threads of the sessions that calibrate and verify; 0: as many as the runtime chooses
     threads: int = 0
     warnings: list[str] = field(default_factory=list)

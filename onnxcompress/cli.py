@@ -14,7 +14,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -49,6 +50,7 @@ class Terminal:
         self.debug = False
         self.json = False
         self.quiet = False
+        self.silent = False
         self._answered = False
         self._progress: Progress | None = None
 
@@ -81,6 +83,8 @@ class Terminal:
 
     def warn(self, warnings: Sequence[str]) -> None:
         """Print warnings that no table shows."""
+        if self.silent:
+            return
         from onnxcompress.report import print_warnings
 
         print_warnings(self.notes, warnings)
@@ -375,6 +379,7 @@ def _check_files(
     """Refuse files that cannot be written, or that would replace one that is read or written too, before any work."""
     others = {"the model": model, "the output": options["output"]}
     named = {"data": "data", "eval_data": "evaluation data", "recipe": "recipe", "evaluate": "evaluator"}
+    named |= {"teacher": "teacher", "checkpoint": "checkpoint"}
     others |= {f"the {what}": options.get(name) for name, what in {**named, "preprocess": "preprocessing"}.items()}
     _check_written({"the report": report, "the saved recipe": save_recipe, **_numbered("page", pages)}, others, [model])
 
@@ -440,6 +445,22 @@ def _check_pages(pages: Sequence[str]) -> None:
 _page_option = click.option(
     "--page", "pages", multiple=True, type=_FILE, metavar="FILE.html|.md", help="Write a page to read; repeatable."
 )
+
+
+@contextmanager
+def _one_process_writes(terminal: Terminal, options: dict[str, Any]) -> Iterator[bool]:
+    """Of the processes that torchrun started the first one writes and speaks (True); the others work for it."""
+    if os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
+        yield True
+        return
+    import tempfile
+    from pathlib import Path
+
+    terminal.silent, terminal.quiet, terminal.json = True, True, False
+    with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
+        options["output"] = Path(folder) / "other.onnx"
+        yield False
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands
@@ -512,7 +533,10 @@ def compress(
         options["max_drop"] = "auto"
     from onnxcompress.compress import compress as run
 
-    result = run(model, progress=terminal.progress, check=False, **options)
+    with _one_process_writes(terminal, options) as writes:
+        result = run(model, progress=terminal.progress, check=False, **options)
+    if not writes:
+        report, save_recipe, pages = None, None, ()
     if save_recipe is not None and result.saved is not None:
         from onnxcompress.report import write_text
 
@@ -894,23 +918,26 @@ def _pass_command(name: str) -> click.Command:
         terminal = click.get_current_context().ensure_object(Terminal)
         given = {field: options.pop(field) for field in fields}
         step = _make_pass(cls, {field: value for field, value in given.items() if value is not None})
-        _check_files(model, options, report)
+        _check_files(model, {**given, **options}, report)
         options["preprocess"] = _preprocess(options["preprocess"])
         from onnxcompress.compress import compress as run
+        from onnxcompress.destination import checked_destination
         from onnxcompress.recipe import Recipe
 
+        checked_destination(options["output"], {"the teacher": given.get("teacher"), "the model": model})
         recipe = Recipe((step,), source=name)
-        result = run(
-            model,
-            recipe=recipe,
-            max_drop=None,
-            benchmark=False,
-            verify=verify,
-            progress=terminal.progress,
-            check=False,
-            **options,
-        )
-        _finish(terminal, result, report)
+        with _one_process_writes(terminal, options) as writes:
+            result = run(
+                model,
+                recipe=recipe,
+                max_drop=None,
+                benchmark=False,
+                verify=verify,
+                progress=terminal.progress,
+                check=False,
+                **options,
+            )
+        _finish(terminal, result, report if writes else None)
 
     shared = _options(_output_option, _data_options, _judge_options, _verify_option, _output_options)
     command = click.command(name, help=_help(cls), short_help=PASSES[name].summary)(shared(callback))

@@ -72,7 +72,7 @@ class Pipeline(Pass):
                 result = running(graph, context)
             graph = result.graph
             reports.append(result.report)
-            kept = compose_kept(kept, result.kept)
+            kept = context.kept = compose_kept(kept, result.kept)
         if not self.passes:
             graph = copy_graph(graph)
         return PassResult(graph, self._report(reports, before, graph, time.perf_counter() - start), kept)

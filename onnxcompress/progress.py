@@ -59,6 +59,15 @@ class RichProgress:
         finally:
             self._finish(task)
 
+    def describe(self, description: str) -> None:
+        """Say something else about the innermost piece of work."""
+        with self._lock:
+            if self._tasks:
+                task = self._tasks[-1]
+                task.description = description
+                if self._bars is not None and task.line is not None:
+                    self._bars.update(task.line, description=description)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """A context in which nothing is drawn and no thread of this object runs.

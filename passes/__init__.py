@@ -92,6 +92,11 @@ PASSES: Mapping[str, PassEntry] = MappingProxyType(
             "CorrectBias",
             "Shift the biases of an INT8 model to the means of the float model, layer by layer.",
         ),
+        "distill": PassEntry(
+            "onnxcompress.passes.distill",
+            "Distill",
+            "Train the weights on unlabelled samples so that the model answers what the original answers.",
+        ),
         "convert_float16": PassEntry(
             "onnxcompress.passes.convert_float16",
             "ConvertFloat16",

@@ -50,6 +50,18 @@ def test_long_work_shows_what_how_far_and_how_long() -> None:
     assert "left" in text
 
 
+def test_what_is_said_of_the_work_can_change() -> None:
+    console, file = terminal()
+    progress = RichProgress(console, patience=0.0)
+    progress.describe("nothing is going on")
+    for i in progress.track(range(2), "at first", total=2):
+        if i == 1:
+            wait_for(lambda: "at first" in file.getvalue())
+            progress.describe("by now")
+            wait_for(lambda: "by now" in file.getvalue())
+    assert "nothing is going on" not in file.getvalue()
+
+
 def test_the_total_is_read_from_a_list() -> None:
     console, file = terminal()
     for _ in RichProgress(console, patience=0.0).track([1, 2, 3], "list"):
