@@ -97,6 +97,9 @@ class RoundWeights(Pass):
         ge=1,
         description="Most calibration samples used; default: by the size of the model; memory may allow fewer",
     )
+    large_models: bool = Field(
+        True, description="Also models on which this takes longer than all the rest of quantising (above 375 M MACs)"
+    )
 
     @property
     def guarantee(self) -> Guarantee:
@@ -128,9 +131,12 @@ class RoundWeights(Pass):
         if not candidates:
             return
         largest_pair = get_target(context.target).weights.largest_pair
-        samples = self.max_samples
-        if samples is None:
-            samples = _default_samples(context.teacher, _MACS if largest_pair is None else _MACS_BOUNDED)
+        macs, in_all = _macs(context.teacher), _MACS if largest_pair is None else _MACS_BOUNDED
+        if not self.large_models and macs * _FEW_SAMPLES > in_all:
+            yield Refusal("", f"no weights rounded anew: a model of {macs / 1e6:.0f} M MACs, and large_models is false")
+            return
+        # More samples do little good, and each costs a run of both networks.
+        samples = self.max_samples or min(max(int(in_all / max(macs, 1)), _FEW_SAMPLES), _MOST_SAMPLES)
         try:
             lockstep = Lockstep(
                 student, candidates, context, samples=samples, reads=lambda layer: layer.node.inputs[0].name
@@ -195,10 +201,9 @@ class RoundWeights(Pass):
         return patches.weight(integers), bias, before, best
 
 
-def _default_samples(teacher: Graph, macs_in_all: float) -> int:
-    """How many samples to learn from and judge by: more do little good, and each costs a run of both networks."""
-    macs = sum(node_macs(teacher, infer_shapes(teacher)).values())
-    return min(max(int(macs_in_all / max(macs, 1)), _FEW_SAMPLES), _MOST_SAMPLES)
+def _macs(teacher: Graph) -> int:
+    """Multiply-accumulates of one sample."""
+    return sum(node_macs(teacher, infer_shapes(teacher)).values())
 
 
 def _float_weights(teacher: Graph, layers: Sequence[Layer]) -> list[Array | None]:

@@ -344,3 +344,18 @@ def test_the_teacher_is_what_was_quantised_not_what_was_scaled_since() -> None:
     context.reference = None
     against_the_original = RoundWeights()(quantised.graph, context)
     assert sqnr(against_the_original)[1] < after
+
+
+def test_large_models_are_left_where_the_recipe_asks_for_small_ones() -> None:
+    graph = build([node("Conv", ["x", "w"], "y", pads=[1, 1, 1, 1])], {"w": weight(64, 64, 3, 3)}, ["N", 64, 104, 104])
+    context = context_for(graph, 4)
+    student = InsertQdq()(graph, context).graph
+    report = RoundWeights(large_models=False)(student, context).report
+    assert not report.changes
+    assert [refusal.reason for refusal in report.refusals] == [
+        "no weights rounded anew: a model of 399 M MACs, and large_models is false"
+    ]
+    small = residual_network()
+    context = context_for(small)
+    student = InsertQdq()(small, context).graph
+    assert RoundWeights(large_models=False)(student, context).report.changes
