@@ -1,4 +1,4 @@
-"""LayerNormalization and Gelu as exporters write them out, in the operators of older opsets.
+"""LayerNormalization, Gelu and SiLU as exporters write them out, in the operators of older opsets.
 
 The runtime recognises these patterns and runs each as one operator. A pass that folds a scale out of one, or quantises
 a part of it, leaves the runtime with the pieces: several times slower, and with integers in the middle less accurate.
@@ -7,6 +7,7 @@ a part of it, leaves the runtime with the pieces: several times slower, and with
 
     LayerNormalization    (x - mean) / sqrt(variance + epsilon) * scale + bias
     Gelu                  x * (1 + erf(x / sqrt(2))) * 0.5, the factors in any order; tanh in the approximation
+    SiLU                  x * sigmoid(x), a Sigmoid that only this Mul reads
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress.graph import constant_value
 
-__all__ = ["composite"]
+__all__ = ["composite", "silu"]
 
 
 def composite(node: gs.Node) -> str | None:
@@ -27,6 +28,30 @@ def composite(node: gs.Node) -> str | None:
     if _normalises(node):
         return "LayerNormalization"
     return "Gelu" if node.op != "Div" and _of_gelu(node) else None
+
+
+def silu(node: gs.Node) -> tuple[gs.Node, gs.Node] | None:
+    """(Sigmoid, Mul) of the written-out SiLU that ``node`` is one of, or None."""
+    if node.op == "Sigmoid" and node.outputs:
+        readers = node.outputs[0].outputs
+        if len(readers) == 1 and readers[0].op == "Mul" and _is_silu(node, readers[0]):
+            return node, readers[0]
+    elif node.op == "Mul":
+        for maker in map(_maker, node.inputs):
+            if maker is not None and maker.op == "Sigmoid" and _is_silu(maker, node):
+                return maker, node
+    return None
+
+
+def _is_silu(sigmoid: gs.Node, product: gs.Node) -> bool:
+    gate = sigmoid.outputs[0]
+    if (
+        len(gate.outputs) != 1
+        or len(product.inputs) != 2
+        or not {sigmoid.domain, product.domain} <= {None, "", "ai.onnx"}
+    ):
+        return False
+    return any(a is gate and b is sigmoid.inputs[0] for a, b in _operands(product))
 
 
 def _is_constant(tensor: gs.Tensor) -> bool:

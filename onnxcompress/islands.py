@@ -1,7 +1,7 @@
 """Integer regions that cost more time than they save, found by timing the model with and without them.
 
 Where integers and floats alternate, as around HardSwish or LayerNormalization, an integer region between two
-conversions may cost more than it saves, and so may element-wise functions on integers, as those of SiLU; how much
+conversions may cost more than it saves, and so may element-wise functions on integers, as gates; how much
 depends on the machine and on what the runtime would fuse in floats. The static estimate that places quantisers cannot
 know. So regions that it calls doubtful are timed: all of them at once against none, in pairs, and then halves, quarters
 and so on of what was not slower together; and what returned to float as a whole may become integer again, part by part,

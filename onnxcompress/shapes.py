@@ -104,6 +104,10 @@ def infer_shapes(graph: Graph, input_shapes: Mapping[str, Shape] | None = None) 
             if isinstance(tensor, gs.Variable) and id(tensor) not in given:
                 tensor.shape = None
     model = to_proto(graph, weights="omit")
+    for node in model.graph.node:
+        if node.op_type == "QuickGelu" and node.domain == "com.microsoft":  # as insert_qdq writes SiLU
+            node.op_type, node.domain = "Identity", ""
+            del node.attribute[:]
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     types: dict[str, TensorType] = {}
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from models import Net
 
-from onnxcompress.composites import composite
+from onnxcompress.composites import composite, silu
 from onnxcompress.graph import Graph
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
 from onnxcompress.proto import from_proto, to_proto
@@ -75,3 +75,15 @@ def test_a_mean_over_positions_still_becomes_a_pool() -> None:
     graph = from_proto(net.model())
     assert [node.op for node, _ in to_canonical_form(graph, infer_shapes(graph))] == ["GlobalAveragePool"]
     assert np.all([composite(node) is None for node in graph.nodes])
+
+
+def test_a_silu_is_a_sigmoid_and_its_product_and_no_gate() -> None:
+    net = Net()
+    x = net.input("x", ["N", 4])
+    own = net.add("Mul", x, net.add("Sigmoid", x))
+    other = net.add("Mul", x, net.add("Sigmoid", own))  # a gate
+    net.add("Add", own, other, to="y")
+    net.output("y", ["N", 4])
+    found = [silu(node) for node in from_proto(net.model()).nodes]
+    assert [pair is not None for pair in found] == [True, True, False, False, False]
+    assert found[0] == found[1]

@@ -59,6 +59,22 @@ def test_outputs_are_those_of_onnxruntime(hazard: Hazard) -> None:
             assert difference <= limit * np.linalg.norm(wanted.astype(np.float64))
 
 
+def test_a_silu_as_insert_qdq_writes_it_is_executed() -> None:
+    net = Net()
+    net.input("x", ["N", 4])
+    net.add("Sigmoid", "x", to="y")
+    net.output("y", ["N", 4])
+    model = net.model()
+    model.graph.node[0].op_type, model.graph.node[0].domain = "QuickGelu", "com.microsoft"
+    model.graph.node[0].attribute.append(onnx.helper.make_attribute("alpha", 1.0))
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    feeds = make_feeds(model)
+    network = Network(from_proto(model))
+    with torch.no_grad():
+        found = network(network.feeds(feeds))["y"].numpy()
+    assert np.allclose(found, Session(model, threads=1).run(feeds)["y"], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_trained_is_refused_by_name(name: str) -> None:
     graph = from_proto(BY_NAME[name].build())

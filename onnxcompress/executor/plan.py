@@ -62,6 +62,10 @@ def build_kernel(node: gs.Node, opset: int) -> tuple[Operator, Kernel]:
 
 
 def _build(node: gs.Node, opset: int) -> tuple[Operator, Kernel]:
+    if (
+        node.op == "QuickGelu" and node.domain == "com.microsoft" and "alpha" in node.attrs
+    ):  # SiLU, as insert_qdq has it
+        return OPERATORS["Swish"], OPERATORS["Swish"].build(Spec(node, opset))
     if normal_domain(node) != "":
         raise Unsupported(f"operators of the domain {node.domain!r} are not executed")
     if any(True for _ in nested_graphs(node)):

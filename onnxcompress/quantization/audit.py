@@ -139,6 +139,9 @@ def _element_types(graph: onnx.GraphProto) -> dict[str, int]:
     types = {t.name: t.data_type for t in graph.initializer}
     for value in (*graph.value_info, *graph.input, *graph.output):
         types[value.name] = value.type.tensor_type.elem_type
+    for node in graph.node:  # of tensors between operators of its own the runtime may not tell the type
+        if node.op_type == "DequantizeLinear":
+            types.setdefault(node.output[0], onnx.TensorProto.FLOAT)
     return types
 
 

@@ -12,7 +12,7 @@ point, whose range is observed where the values arise (the *sources*).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import prod
@@ -20,6 +20,7 @@ from math import prod
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcompress.composites import silu
 from onnxcompress.graph import Graph, attribute, constant_value, normal_domain
 from onnxcompress.quantization.affine import Range
 from onnxcompress.quantization.mincut import MinCut
@@ -41,12 +42,8 @@ __all__ = [
     "why",
 ]
 
-# Nanoseconds on one thread of an AVX512-VNNI server core; only their proportions matter.
-_QUANTIZE_NS = 0.25  # per element
-_DEQUANTIZE_NS = 0.15
-_NODE_NS = 1000.0  # what any extra node costs
-_MAC_NS = 0.03  # saved per multiply-accumulate
-_GROUPED_MAC_NS = 0.06  # grouped convolutions do less arithmetic per byte, so the bytes saved count more
+_IMAGE_CHANNELS = 3  # at most, of what counts as an image
+_IMAGE_POSITIONS = 1024  # at least, of its first layer; on fewer nothing is lost that could be measured
 _UNKNOWN_SIZE = 1000
 _FOREVER = 1 << 60  # a capacity that no cut pays
 
@@ -252,11 +249,12 @@ def costly_conversions(placement: Placement) -> list[tuple[str, float]]:
 
 
 def _conversion_cost(name: str, placement: Placement) -> float:
-    size = _size(name, placement.types)
+    size, costs = _size(name, placement.types), placement.target.costs
     if placement.writes_float(name):
-        return _QUANTIZE_NS * size + _NODE_NS
-    floats = sum(not reader.integer for reader in placement.consumers.get(name, [])) + (name in placement.outputs)
-    return floats * (_DEQUANTIZE_NS * size + _NODE_NS)
+        return costs.quantize * size + costs.node
+    readers = [reader for reader in placement.consumers.get(name, []) if not _reads_in_silu(reader)]
+    floats = sum(not reader.integer for reader in readers) + (name in placement.outputs)
+    return floats * (costs.dequantize * size + costs.node)
 
 
 @dataclass(frozen=True)
@@ -464,11 +462,13 @@ def _cut(placement: Placement, macs: Mapping[str, int], inputs: set[str]) -> Non
 
     The source's side of the cut is the integer one, so that ties stay float.
     """
-    cut = MinCut()
+    cut, costs = MinCut(), placement.target.costs
     vertex = {id(u): cut.vertex() if u.reason is None else cut.SINK for u in placement.units}
     for unit in placement.units:
         if unit.reason is None:
-            cut.edge(cut.SOURCE, vertex[id(unit)], _picoseconds(_gain(unit, placement, macs)))
+            gain = _gain(unit, placement, macs)
+            cut.edge(cut.SOURCE, vertex[id(unit)], _picoseconds(gain))
+            cut.edge(vertex[id(unit)], cut.SINK, _picoseconds(-gain))
     tensors = dict.fromkeys([*placement.producer, *placement.consumers])
     for name in tensors:
         readers = placement.consumers.get(name, [])
@@ -481,18 +481,44 @@ def _cut(placement: Placement, macs: Mapping[str, int], inputs: set[str]) -> Non
         writes_floats = unit_or_none is not None and unit_or_none.keeps_float
         if maker != cut.SINK and not writes_floats:
             # The runtime gives every float reader a dequantiser of its own, so each of them is paid for.
-            for end in [vertex.get(id(reader), cut.SINK) for reader in readers]:
-                cut.edge(maker, end, _picoseconds(_DEQUANTIZE_NS * size + _NODE_NS))
+            for reader in [reader for reader in readers if not _reads_in_silu(reader)]:
+                end, cost = vertex.get(id(reader), cut.SINK), costs.dequantize
+                if reader.node.op == "HardSwish" and unit_or_none is not None and unit_or_none.node.op == "Conv":
+                    cost += costs.unfused
+                cut.edge(maker, end, _picoseconds(cost * size + costs.node))
             if name in placement.outputs:
-                cut.edge(maker, cut.SINK, _picoseconds(_DEQUANTIZE_NS * size + _NODE_NS))
+                cut.edge(maker, cut.SINK, _picoseconds(costs.dequantize * size + costs.node))
         if ends:
             quantize = cut.vertex()
-            cut.edge(quantize, maker, _picoseconds(_QUANTIZE_NS * size + _NODE_NS))
+            cut.edge(quantize, maker, _picoseconds(costs.quantize * size + costs.node))
             for end in ends:
                 cut.edge(end, quantize, _FOREVER)
+    for before, after, size in _through_functions(placement):
+        for tail, head in ((before, after), (after, before)):
+            cut.edge(vertex[id(tail)], vertex[id(head)], _picoseconds(costs.layout * size))
     integer = cut.source_side()
     for unit in placement.units:
         unit.integer = unit.reason is None and vertex[id(unit)] in integer
+
+
+def _through_functions(placement: Placement) -> Iterator[tuple[Unit, Unit, int]]:
+    """(what a SiLU or HardSwish reads from, what reads it, elements) where both could be integer.
+
+    It keeps the layout of its input, so where only one of both is integer, the layout changes at the other.
+    """
+    for unit in placement.units:
+        if unit.reason is None or unit.node.op not in ("Mul", "HardSwish"):
+            continue
+        found = silu(unit.node) if unit.node.op == "Mul" else (unit.node, unit.node)
+        if found is None:
+            continue
+        source, result = found[0].inputs[0], found[1].outputs[0]
+        maker = placement.producer.get(source.name)
+        if maker is None or maker.reason is not None:
+            continue
+        for reader in placement.consumers.get(result.name, []):
+            if reader.rule is not None and reader.reason is None and reader.node.op in ("Conv", "Mul"):
+                yield maker, reader, _size(source.name, placement.types)
 
 
 def _drop_regions_without_weights(placement: Placement) -> None:
@@ -530,18 +556,42 @@ def _regions(placement: Placement) -> dict[int, int]:
 
 def _gain(unit: Unit, placement: Placement, macs: Mapping[str, int]) -> float:
     assert unit.rule is not None
+    costs = placement.target.costs
     if unit.rule.role is Role.COMPUTE:
-        grouped = attribute(unit.node, "group", 1) != 1
         known = macs.get(unit.node.name)
         if known is None:
             known = _UNKNOWN_SIZE * _UNKNOWN_SIZE
-        return known * (_GROUPED_MAC_NS if grouped else _MAC_NS) + 2 * _NODE_NS
+        if unit.node.op == "Conv":
+            return _gain_of_convolution(unit, placement, known)
+        return known * costs.mac + 2 * costs.node
     size = max((_size(t.name, placement.types) for t in (*unit.inputs, *unit.outputs)), default=1)
     readers = [r for t in unit.outputs for r in placement.consumers.get(t.name, [])]
     if len(unit.inputs) == 1 and unit.rule.role is Role.ARITHMETIC and not readers:
         # An element-wise function at the very end: as fast after the dequantiser, and more accurate.
         return unit.rule.gain * (size - min(_size(t.name, placement.types) for t in unit.outputs))
     return unit.rule.gain * size
+
+
+def _gain_of_convolution(unit: Unit, placement: Placement, macs: int) -> float:
+    costs = placement.target.costs
+    weight = unit.node.inputs[1].shape
+    if weight is None:
+        return macs * costs.mac + 2 * costs.node
+    if attribute(unit.node, "group", 1) != 1 and weight[1] == 1:
+        return macs * costs.depthwise_mac
+    taps = prod(weight[2:])
+    known, lost = placement.types.get(unit.outputs[0].name), 0.0
+    if taps > 1 and weight[1] <= _IMAGE_CHANNELS and known is not None and known.shape is not None:
+        positions = [d for d in known.shape[2:] if isinstance(d, int)]
+        if len(positions) == len(weight) - 2 and prod(positions) >= _IMAGE_POSITIONS:
+            lost = taps * prod(positions) * costs.tap
+    # What a first layer loses is not held against it: it becomes what its neighbours are.
+    return max(macs * costs.mac - lost, 0.0) + 2 * costs.node
+
+
+def _reads_in_silu(unit: Unit) -> bool:
+    """True for the Sigmoid of a SiLU: it reads what the product reads, as one operator does; see composites."""
+    return unit.node.op == "Sigmoid" and not unit.integer and silu(unit.node) is not None
 
 
 def _picoseconds(nanoseconds: float) -> int:

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from onnxcompress.quantization.affine import QuantScheme
 from onnxcompress.shapes import TensorType
 
-__all__ = ["OperatorRule", "Role", "Target", "Types", "WeightRule"]
+__all__ = ["Costs", "OperatorRule", "Role", "Target", "Types", "WeightRule"]
 
 Types = Mapping[str, TensorType]
 
@@ -65,6 +65,32 @@ class OperatorRule:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What conversions cost and integer products save, in nanoseconds on one thread; only their proportions matter.
+
+    Attributes:
+        quantize: per element.
+        dequantize: per element.
+        node: what any extra node costs.
+        mac: saved per multiply-accumulate.
+        depthwise_mac: saved per multiply-accumulate of a convolution of one channel a group; negative where it loses.
+        layout: per element, where a function passes values from a float convolution to an integer one or back, and
+            the layouts of both differ.
+        unfused: per element, where a HardSwish follows an integer convolution, and a float one would have taken it in.
+        tap: lost per tap and position by an integer convolution on an image, which copies its few channels tap by tap.
+    """
+
+    quantize: float = 0.25
+    dequantize: float = 0.15
+    node: float = 1000.0
+    mac: float = 0.03
+    depthwise_mac: float = 0.06
+    layout: float = 0.0
+    unfused: float = 0.0
+    tap: float = 0.0
+
+
+@dataclass(frozen=True)
 class Target:
     """A runtime and device: integer types, the rule table, and the reasons for operators that are not in it."""
 
@@ -77,6 +103,8 @@ class Target:
     float_reasons: Mapping[str, str]
     #: QuantizeLinear with per-channel weights needs this opset
     minimum_opset: int
+    #: by which placement decides what is worth running as integers
+    costs: Costs = field(default_factory=Costs)
     #: how data movement is written: on the integers as they are, or in floats between Q/DQ pairs of equal parameters
     movement: Literal["integers", "qdq"] = "integers"
     #: the recipe that `compress` takes where none is named

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from onnxcompress.targets.base import Costs
 from onnxcompress.targets.cpu import CPU
 
 __all__ = ["OPENVINO"]
@@ -22,7 +23,9 @@ OPENVINO = replace(
     CPU,
     name="openvino",
     description="OpenVINO: uint8 activations, int8 per-channel weights, Q/DQ pairs around everything",
-    rules={op: rule for op, rule in CPU.rules.items() if op not in _NO_FORM},
+    # What ONNX Runtime's kernels lose is not lost here.
+    rules={op: replace(rule, gain=max(rule.gain, 0.1)) for op, rule in CPU.rules.items() if op not in _NO_FORM},
+    costs=Costs(),
     float_reasons={
         **{op: reason.replace("the runtime", "OpenVINO") for op, reason in CPU.float_reasons.items()},
         **{op: f"OpenVINO's low-precision transformations have no {op}" for op in _NO_FORM},
