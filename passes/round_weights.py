@@ -295,7 +295,11 @@ def _spread_errors(wanted: Floats, gram: Floats, low: Floats, high: Floats) -> F
     order = np.argsort(-np.diagonal(gram, axis1=1, axis2=2), axis=1, kind="stable")
     sorted_gram = np.take_along_axis(np.take_along_axis(gram, order[:, :, None], 1), order[:, None, :], 2)
     # Row i of the upper factor of the inverse says how the error of column i is spread over the columns after it.
-    spread = np.linalg.cholesky(np.linalg.inv(sorted_gram)).swapaxes(1, 2)
+    sorted_gram = (sorted_gram + sorted_gram.swapaxes(1, 2)) / 2
+    try:
+        spread = np.linalg.cholesky(np.linalg.inv(sorted_gram)).swapaxes(1, 2)
+    except np.linalg.LinAlgError:  # of a channel that is all but constant, the mean taken off leaves rounding only
+        spread = np.linalg.cholesky(np.linalg.inv(_damped(sorted_gram, 1.0))).swapaxes(1, 2)
     # [groups, columns, filters], so that a column is a piece of memory
     places = order[:, :, None]
     rest, least, most = (np.take_along_axis(v.swapaxes(1, 2), places, 1) for v in (wanted, low, high))
