@@ -136,7 +136,8 @@ def observe(
         data, groups = _fitting(graph, list(watchers), data, in_flight, threads)
     for number, group in enumerate(groups):
         instrumented, outputs = _with_outputs(graph, group, reductions)
-        session = Session(instrumented, threads=threads)
+        # What the arena has handed out as a result cannot serve the next run, so it would grow with fragments.
+        session = Session(instrumented, threads=threads, arena=bool(reductions))
         # The runtime's reductions skip NaN, so it is looked for where it ends up.
         results = [t.name for t in graph.outputs] if number == 0 else []
         fetch = list(dict.fromkeys([*(name for names in outputs.values() for name in names), *results]))
