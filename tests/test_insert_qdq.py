@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -586,19 +587,89 @@ def test_a_silu_between_integers_is_one_float_operator(tmp_path: Path) -> None:
     assert operators.count("QuickGelu") == 1 and operators.count("Transpose") == 2
 
 
-def test_a_silu_between_integers_computes_what_numpy_says() -> None:
-    graph = silu_graph(pads=[0] * 4)
+def written_and_simulated(graph: Graph) -> tuple[Graph, Array, Array]:
+    """(the quantised graph, its output ``y``, the same as numpy computes it)."""
     feeds = samples(graph)
     written = copy_graph(graph)
+    list(to_canonical_form(written, infer_shapes(written)))
+    sort_nodes(written)
     placement = place(written, CPU)
     sources = [s for names in placement.sources.values() for s in names]
     ranges = calibrate(written, sources, open_data(feeds, input_specs(written)))
     expected = simulate(written, placement, ranges, feeds)
     list(insert_quantizers(written, placement, ranges))
     sort_nodes(written)
+    return written, Session(written, optimization="disabled", threads=1).run(feeds)["y"], expected["y"]
+
+
+def test_a_silu_between_integers_computes_what_numpy_says() -> None:
+    written, found, expected = written_and_simulated(silu_graph(pads=[0] * 4))
     assert "QuickGelu" in {n.op for n in written.nodes}
-    found = Session(written, optimization="disabled", threads=1).run(feeds)
-    assert np.abs(found["y"] - expected["y"]).max() <= 1e-5 * np.abs(expected["y"]).max()
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def near_zero_channels() -> Graph:
+    small = weight(4, 4, 3, 3)
+    small[1], small[2] = 1e-30, 0
+    bias = np.array([0.1, 5, -7, 0], np.float32)
+    return build(
+        [conv("x", "c", "w", "b"), conv("c", "y", "v")], {"w": small, "b": bias, "v": weight(4, 4, 3, 3)}, IMAGE, ["y"]
+    )
+
+
+def squeeze_excite() -> Graph:
+    nodes = [
+        conv("x", "c"),
+        node("GlobalAveragePool", ["c"], "p"),
+        conv("p", "q", "v", pads=[0] * 4),
+        node("Relu", ["q"], "r"),
+        conv("r", "t", "u", pads=[0] * 4),
+        node("Sigmoid", ["t"], "g"),
+        node("Mul", ["c", "g"], "m"),
+        conv("m", "y", "k"),
+    ]
+    weights = {"w": weight(4, 4, 3, 3), "v": weight(2, 4, 1, 1), "u": weight(4, 2, 1, 1), "k": weight(4, 4, 3, 3)}
+    return build(nodes, weights, IMAGE, ["y"])
+
+
+def conv_transpose() -> Graph:
+    nodes = [conv("x", "c"), node("ConvTranspose", ["c", "t"], "d", strides=[2, 2]), conv("d", "y", "v")]
+    return build(nodes, {"w": weight(4, 4, 3, 3), "t": weight(4, 4, 2, 2), "v": weight(4, 4, 3, 3)}, IMAGE, ["y"])
+
+
+def grouped() -> Graph:
+    nodes = [conv("x", "c", group=2), node("Relu", ["c"], "r"), conv("r", "d", "v", group=4), conv("d", "y", "k")]
+    return build(nodes, {"w": weight(4, 2, 3, 3), "v": weight(4, 1, 3, 3), "k": weight(4, 4, 3, 3)}, IMAGE, ["y"])
+
+
+def conv_1d() -> Graph:
+    nodes = [conv("x", "c", pads=[1, 1]), node("Relu", ["c"], "r"), conv("r", "y", "v", pads=[2, 2], dilations=[2])]
+    return build(nodes, {"w": weight(4, 4, 3), "v": weight(4, 4, 3)}, {"x": ["N", 4, 32]}, ["y"])
+
+
+def shared_weights() -> Graph:
+    nodes = [conv("x", "c"), node("Relu", ["c"], "r"), conv("r", "d"), node("Add", ["c", "d"], "y")]
+    return build(nodes, {"w": weight(4, 4, 3, 3)}, IMAGE, ["y"])
+
+
+def concat_of_different_ranges() -> Graph:
+    nodes = [conv("x", "a"), conv("x", "b", "v"), node("Concat", ["a", "b"], "c", axis=1), conv("c", "y", "k")]
+    weights = {"w": weight(4, 4, 3, 3), "v": 30 * weight(4, 4, 3, 3, seed=3), "k": weight(4, 8, 3, 3)}
+    return build(nodes, weights, IMAGE, ["y"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [near_zero_channels, squeeze_excite, conv_transpose, grouped, conv_1d, shared_weights, concat_of_different_ranges],
+)
+def test_patterns_compute_what_numpy_says_and_the_audit_is_clean(make: Callable[[], Graph]) -> None:
+    _, found, expected = written_and_simulated(make())
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    result, context = quantise(make())
+    proof = audit_of(result)
+    assert proof["integer"]["QLinearConv"] >= 2
+    assert proof["mismatches"] == () and proof["stranded"] == ()
+    assert not [w for w in context.warnings if "as planned" in w]
 
 
 @pytest.mark.parametrize("target", ["openvino", "cuda"])
