@@ -60,11 +60,12 @@ _LARGEST = 127
 _ROWS_PER_COLUMN = 8
 _ROWS = 65536
 #: multiply-accumulates that running all samples may take, and samples that are used all the same, and at most
-_MACS = 9e9
-#: the same where weights have fewer bits, so that more hangs on how they are rounded
-_MACS_BOUNDED = 4 * _MACS
+_MACS = 3.6e10
 _FEW_SAMPLES = 24
-_MOST_SAMPLES = 128
+_MOST_SAMPLES = 256
+#: a model is large where the fewest samples take more; more is worth it where weights have fewer bits
+_LARGE = 9e9
+_LARGE_BOUNDED = 4 * _LARGE
 #: products that one Gram matrix may take; at least four rows a column are used all the same
 _PRODUCTS = 2e10
 #: a Gram matrix of more columns takes too long to factorise
@@ -131,12 +132,12 @@ class RoundWeights(Pass):
         if not candidates:
             return
         largest_pair = get_target(context.target).weights.largest_pair
-        macs, in_all = _macs(context.teacher), _MACS if largest_pair is None else _MACS_BOUNDED
-        if not self.large_models and macs * _FEW_SAMPLES > in_all:
+        macs = _macs(context.teacher)
+        if not self.large_models and macs * _FEW_SAMPLES > (_LARGE if largest_pair is None else _LARGE_BOUNDED):
             yield Refusal("", f"no weights rounded anew: a model of {macs / 1e6:.0f} M MACs, and large_models is false")
             return
-        # More samples do little good, and each costs a run of both networks.
-        samples = self.max_samples or min(max(int(in_all / max(macs, 1)), _FEW_SAMPLES), _MOST_SAMPLES)
+        # Each sample costs a run of both networks.
+        samples = self.max_samples or min(max(int(_MACS / max(macs, 1)), _FEW_SAMPLES), _MOST_SAMPLES)
         try:
             lockstep = Lockstep(
                 student, candidates, context, samples=samples, reads=lambda layer: layer.node.inputs[0].name
