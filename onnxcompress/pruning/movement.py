@@ -671,16 +671,22 @@ def _resize(c: Coupler, node: gs.Node) -> None:
     c.set(out, after, [b for b in c.state(x).bundles if not set(b.axes) & moved])
 
 
-def _depth_to_space(c: Coupler, node: gs.Node) -> None:
+def _between_space_and_depth(
+    c: Coupler, node: gs.Node, verb: str
+) -> tuple[tuple[Dim, ...], tuple[Dim, ...], list[Bundle]]:
+    """(dimensions of the input, of the output, bundles that stay) of an image whose pixels go to or come from depth."""
     x = node.inputs[0]
-    dims = c.dims(x)
-    block = int(node.attrs["blocksize"])
-    bundle = c.state(x).at(1)
-    declared = c.declared(node.outputs[0])
+    dims, declared = c.dims(x), c.declared(node.outputs[0])
     if len(dims) != 4 or not dims[1].known or declared is None:
         raise Unsupported("its input is not known")
-    c.pin(x, f"{node.op} {node.name!r} spreads it", (2, 3))
-    bundles = [b for b in c.state(x).bundles if b.axes == (0,)]
+    c.pin(x, f"{node.op} {node.name!r} {verb} it", (2, 3))
+    return dims, declared, [b for b in c.state(x).bundles if b.axes == (0,)]
+
+
+def _depth_to_space(c: Coupler, node: gs.Node) -> None:
+    dims, declared, bundles = _between_space_and_depth(c, node, "spreads")
+    x, block = node.inputs[0], int(node.attrs["blocksize"])
+    bundle = c.state(x).at(1)
     channels = dims[1].size // block**2
     if bundle is not None:
         labels = c.collapse(x, bundle, 1).labels
@@ -692,15 +698,9 @@ def _depth_to_space(c: Coupler, node: gs.Node) -> None:
 
 
 def _space_to_depth(c: Coupler, node: gs.Node) -> None:
-    x = node.inputs[0]
-    dims = c.dims(x)
-    block = int(node.attrs["blocksize"])
+    dims, declared, bundles = _between_space_and_depth(c, node, "gathers")
+    x, block = node.inputs[0], int(node.attrs["blocksize"])
     bundle = c.state(x).at(1)
-    declared = c.declared(node.outputs[0])
-    if len(dims) != 4 or not dims[1].known or declared is None:
-        raise Unsupported("its input is not known")
-    c.pin(x, f"{node.op} {node.name!r} gathers it", (2, 3))
-    bundles = [b for b in c.state(x).bundles if b.axes == (0,)]
     if bundle is not None:
         bundles.append(Bundle((1,), np.tile(c.collapse(x, bundle, 1).labels, block**2)))
     c.set(node.outputs[0], (dims[0], Dim(dims[1].size * block**2), *declared[2:]), bundles)
