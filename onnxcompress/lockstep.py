@@ -37,9 +37,10 @@ from onnxcompress.verify import compare
 if TYPE_CHECKING:
     from onnxcompress.data import Dataset
 
-__all__ = ["Advance", "Judge", "Samples", "decibels", "samples_that_fit", "split_samples"]
+__all__ = ["Advance", "Judge", "SampleErrors", "Samples", "decibels", "samples_that_fit", "split_samples"]
 
 Array = NDArray[Any]
+Floats = NDArray[np.float64]
 
 #: bytes of activations that all networks together may hold between two pieces
 MEMORY = 512 * 2**20
@@ -295,19 +296,77 @@ class Advance:
 
 
 class Judge:
-    """The error of a student's outputs against the teacher's, over the same samples every time."""
+    """The error of a student's outputs against the teacher's, over the same samples every time.
 
-    def __init__(self, teacher: Graph, data: Dataset, threads: int = 0) -> None:
+    Args:
+        teacher: gives the outputs that are aimed at.
+        data: read once for every student.
+        threads: intra-op threads; 0 lets the runtime choose.
+        optimization: the runtime's level for students.
+    """
+
+    def __init__(
+        self, teacher: Graph, data: Dataset, threads: int = 0, *, optimization: Optimization = "disabled"
+    ) -> None:
         self._teacher = Session(teacher, optimization="disabled", threads=threads)
         self._data = data
         self._threads = threads
+        self._optimization = optimization
 
     def error(self, student: Graph) -> float:
         """Mean over the floating-point outputs of ||a - b||^2 / ||a||^2; infinite where one is not finite."""
-        session = Session(student, optimization="disabled", threads=self._threads)
-        found = compare(self._teacher.run, session.run, self._data)
+        found = compare(self._teacher.run, self._session(student).run, self._data)
         errors = [o.relative_l2**2 for o in found if o.equal_elements is None]
         return float(np.mean(errors)) if errors else 0.0
+
+    def sample_errors(self, student: Graph) -> SampleErrors:
+        """The error of each sample; of an output that has no axis of samples the batch counts as one sample."""
+        session = self._session(student)
+        errors: list[float] = []
+        signals: list[float] = []
+        for batch in self._data:
+            error, signal = np.zeros(batch.samples), np.zeros(batch.samples)
+            found = session.run(batch.feeds)
+            for name, expected in self._teacher.run(batch.feeds).items():
+                if expected.dtype.kind != "f":
+                    continue
+                rows = batch.samples if expected.ndim and len(expected) == batch.samples else 1
+                wanted = expected.reshape(rows, -1).astype(np.float64)
+                away = found[name].reshape(rows, -1) - wanted
+                error += np.square(away).sum(axis=1) * rows / batch.samples
+                signal += np.square(wanted).sum(axis=1) * rows / batch.samples
+            errors.extend(error)
+            signals.extend(signal)
+        return SampleErrors(np.array(errors), np.array(signals))
+
+    def _session(self, student: Graph) -> Session:
+        return Session(student, optimization=self._optimization, threads=self._threads)
+
+
+@dataclass(frozen=True)
+class SampleErrors:
+    """Squared error and squared signal of the outputs, sample by sample."""
+
+    errors: Floats
+    signals: Floats
+
+    @property
+    def relative(self) -> float:
+        """Of all samples together; infinite where one is not finite."""
+        error, signal = float(self.errors.sum()), float(self.signals.sum())
+        if not np.isfinite(error):
+            return float("inf")
+        return error / signal if signal > 0 else (0.0 if error == 0 else float("inf"))
+
+    def rise(self, before: SampleErrors) -> tuple[float, float]:
+        """(by how many dB the error of a sample rose on average since ``before``, that average's standard error).
+
+        Decibels of each sample, since a few samples carry most of the sum of all, so that the sum says less.
+        """
+        least = 1e-12 * max(float(self.signals.mean()), np.finfo(np.float64).tiny)
+        changes = 10 * np.log10((self.errors + least) / (before.errors + least))
+        deviation = float(changes.std(ddof=1)) if len(changes) > 1 else float("inf")
+        return float(changes.mean()), deviation / len(changes) ** 0.5
 
 
 def decibels(error: float) -> float:

@@ -30,8 +30,8 @@ from onnxcompress.errors import DataError, ModelError, UsageError
 from onnxcompress.executor import import_torch
 from onnxcompress.graph import Graph, input_specs
 from onnxcompress.io import load
-from onnxcompress.passes.round_weights import integer_bounds
 from onnxcompress.proto import to_proto
+from onnxcompress.quantization.rounding import integer_bounds
 from onnxcompress.targets import get_target
 
 if TYPE_CHECKING:

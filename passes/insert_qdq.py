@@ -32,7 +32,8 @@ from onnxcompress.quantization.audit import FusionAudit, audit
 from onnxcompress.quantization.calibration import calibrate, observe, range_of
 from onnxcompress.quantization.calibration_cache import CalibrationKey, graph_sha256, read_ranges, write_ranges
 from onnxcompress.quantization.canonical import to_canonical_form
-from onnxcompress.quantization.observers import CLIPPING_WEIGHT, PEAK_CLIPPING_WEIGHT, WeightedMseObserver
+from onnxcompress.quantization.input_levels import align_inputs, find_pictures
+from onnxcompress.quantization.observers import CLIPPING_WEIGHT, PEAK_CLIPPING_WEIGHT, UINT8, WeightedMseObserver
 from onnxcompress.quantization.placement import Placement, place, why
 from onnxcompress.quantization.qdq import insert_quantizers
 from onnxcompress.quantization.range_search import (
@@ -78,6 +79,10 @@ class InsertQdq(Pass):
     weight_range: Literal["max", "mse"] = Field(
         "max", description="Weights keep their largest value (max) or the smallest mean squared error (mse)"
     )
+    align_inputs: bool = Field(
+        True,
+        description="Put the scale of an image input onto the levels that its pixels come in",
+    )
     exclude_nodes: tuple[str, ...] = Field((), description="Node names that stay float; * and ? match as in a shell")
     exclude_operators: tuple[str, ...] = Field((), description="Operator types that stay float, such as Gemm")
     audit: bool = Field(True, description="Check on the optimised graph what became integer, and strip what did not")
@@ -117,10 +122,12 @@ class InsertQdq(Pass):
         for node, detail in to_canonical_form(graph, infer_shapes(graph)):
             yield Change("rewritten", node.name, detail)
         sort_nodes(graph)
+        pixels, inserted = yield from self._align(graph, target, context)
+        sort_nodes(graph)
 
         prepared = copy_graph(graph)
-        placement = self._place(prepared, target, ())
-        ranges = yield from self._ranges(prepared, placement, target, context)
+        placement = self._place(prepared, target, inserted)
+        ranges = yield from self._ranges(prepared, placement, target, pixels, inserted, context)
         _warn_of_empty_inputs(prepared, ranges, context)
         changes = _write(prepared, placement, ranges, self.weight_range)
         stripped: dict[str, str] = {}
@@ -129,7 +136,7 @@ class InsertQdq(Pass):
             if proof.mismatches:
                 stripped = {m.node: m.found for m in proof.mismatches}
                 prepared = copy_graph(graph)
-                placement = self._place(prepared, target, tuple(stripped))
+                placement = self._place(prepared, target, (*inserted, *stripped))
                 missing = [s for s in _sources(placement) if s not in ranges]
                 ranges |= self._calibrate(copy_graph(graph), placement, missing, context)
                 changes = _write(prepared, placement, ranges, self.weight_range)
@@ -137,19 +144,20 @@ class InsertQdq(Pass):
             yield Detail("audit", proof.to_dict())
             _warn_about(proof, context)
         context.reference = copy_graph(graph)
-        context.variants = self._variants(context.reference, placement, ranges, tuple(stripped))
+        context.variants = self._variants(context.reference, placement, ranges, (*inserted, *stripped))
         replace_contents(graph, prepared)
         _warn_of_the_target(placement, context)
 
         yield from changes
         for unit in placement.units:
-            if not unit.integer:
+            if not unit.integer and unit.node.name not in inserted:
                 found = stripped.get(unit.node.name)
                 reason = why(unit) if found is None else f"the runtime did not make it integer (it became {found})"
                 yield Refusal(unit.node.name, f"{unit.node.op} stays float: {reason}")
         if self.observer == "auto" and _sources(placement):
             # A replay takes what was found, and searches nothing.
-            yield Decision("ranges", {name: [ranges[name].low, ranges[name].high] for name in _sources(placement)})
+            searched = [name for name in _sources(placement) if name not in pixels]
+            yield Decision("ranges", {name: [ranges[name].low, ranges[name].high] for name in searched})
         if stripped:
             yield Decision("exclude_nodes", [*self.exclude_nodes, *stripped])
 
@@ -167,21 +175,49 @@ class InsertQdq(Pass):
         )
 
     def _place(
-        self, graph: Graph, target: Target, stripped: tuple[str, ...], types: Mapping[str, TensorType] | None = None
+        self, graph: Graph, target: Target, left: tuple[str, ...], types: Mapping[str, TensorType] | None = None
     ) -> Placement:
         return place(
             graph,
             target,
-            exclude_nodes=(*self.exclude_nodes, *stripped),
+            exclude_nodes=(*self.exclude_nodes, *left),
             exclude_operators=self.exclude_operators,
             types=types,
         )
 
+    def _align(
+        self, graph: Graph, target: Target, context: Context
+    ) -> Generator[Change | Detail, None, tuple[dict[str, Range], tuple[str, ...]]]:
+        """Ranges of the image inputs that are on the levels of their pixels now, and nodes that were inserted."""
+        ranges: dict[str, Range] = {}
+        inserted: list[str] = []
+        if not self.align_inputs or target.activations != UINT8 or context.data is None:
+            return ranges, ()
+        pictures = find_pictures(graph)
+        if pictures:
+            placed = self._place(graph, target, ())
+            alone = {sources[0] for sources in placed.sources.values() if len(sources) == 1} - set(self.ranges)
+            pictures = [picture for picture in pictures if picture.tensor.name in alone]
+        for found in align_inputs(graph, pictures, context.data, threads=context.threads):
+            if found.range is None:
+                yield Detail("input_levels", {found.tensor: found.detail})
+            else:
+                ranges[found.tensor] = found.range
+                inserted.extend(found.nodes)
+                yield Change("aligned", found.picture.readers[0].name, f"{found.picture.tensor.name}: {found.detail}")
+        return ranges, tuple(inserted)
+
     def _ranges(
-        self, graph: Graph, placement: Placement, target: Target, context: Context
+        self,
+        graph: Graph,
+        placement: Placement,
+        target: Target,
+        pixels: Mapping[str, Range],
+        inserted: tuple[str, ...],
+        context: Context,
     ) -> Generator[Detail, None, dict[str, Range]]:
-        """The range of every source: given, from the cache, or from the data."""
-        ranges = self._given(graph, placement)
+        """The range of every source: given, of pixels, from the cache, or from the data."""
+        ranges = self._given(graph, placement) | {name: pixels[name] for name in _sources(placement) if name in pixels}
         wanted = _sources(placement)
         if all(name in ranges for name in wanted):
             return ranges
@@ -194,7 +230,7 @@ class InsertQdq(Pass):
                 return cached | ranges
         missing = [name for name in wanted if name not in ranges]
         if self.observer == "auto":
-            found = yield from self._search(graph, placement, target, ranges, context)
+            found = yield from self._search(graph, placement, target, ranges, inserted, context)
         else:
             found = self._calibrate(graph, placement, missing, context)
         if self.calibration_cache is not None and key is not None:
@@ -248,7 +284,13 @@ class InsertQdq(Pass):
         )
 
     def _search(
-        self, graph: Graph, placement: Placement, target: Target, given: Mapping[str, Range], context: Context
+        self,
+        graph: Graph,
+        placement: Placement,
+        target: Target,
+        given: Mapping[str, Range],
+        inserted: tuple[str, ...],
+        context: Context,
     ) -> Generator[Detail, None, dict[str, Range]]:
         """Ranges for all sources but ``given``, judged by the outputs."""
         assert context.data is not None
@@ -287,7 +329,7 @@ class InsertQdq(Pass):
             candidate = copy_graph(graph)
             _write(
                 candidate,
-                self._place(candidate, target, (), placement.types),
+                self._place(candidate, target, inserted, placement.types),
                 {**given, **spread(ranges)},
                 self.weight_range,
             )

@@ -16,9 +16,10 @@ from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph, constant_value, copy_graph, input_specs
 from onnxcompress.passes.equalize_layers import EqualizeLayers
 from onnxcompress.passes.insert_qdq import InsertQdq
-from onnxcompress.passes.round_weights import Moments, Patches, RoundWeights, integer_bounds, round_columns
+from onnxcompress.passes.round_weights import Moments, Patches, RoundWeights
 from onnxcompress.proto import from_proto, to_proto
 from onnxcompress.quantization.layerwise import Layer, find_layers
+from onnxcompress.quantization.rounding import integer_bounds, round_columns
 from onnxcompress.session import Session
 from onnxcompress.targets import CPU
 

@@ -45,6 +45,10 @@ class Range:
         return Range(min(max(self.low, low), high), max(min(self.high, high), low))
 
 
+class LevelRange(Range):
+    """A range whose 256 levels are the very values that the tensor takes, so that none is rounded."""
+
+
 @dataclass(frozen=True)
 class QuantScheme:
     """An integer type and how it is used.

@@ -37,8 +37,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxcompress.composites import silu
-from onnxcompress.graph import Graph, Names, attribute, constant_value, remove_node
+from onnxcompress.graph import Graph, Names, attribute, constant_value, remove_node, remove_nodes
 from onnxcompress.quantization.affine import (
+    LevelRange,
     QParams,
     Range,
     activation_qparams,
@@ -46,10 +47,14 @@ from onnxcompress.quantization.affine import (
     quantize_weight,
     weight_qparams,
 )
+from onnxcompress.quantization.input_levels import aligned_chain
 from onnxcompress.quantization.placement import Placement, Unit, activation_bounds
 from onnxcompress.targets import Role
 
 __all__ = ["class_qparams", "insert_quantizers"]
+
+#: a value this share of a level away from its own is still rounded to it, whatever the order of the arithmetic
+_MOST_FRACTION = 0.48
 
 
 def class_qparams(placement: Placement, ranges: Mapping[str, Range]) -> dict[str, QParams]:
@@ -106,6 +111,7 @@ class _Writer:
         self.weight_range = weight_range
         self.placement = placement
         self.params = class_qparams(placement, ranges)
+        self.aligned = {name for name, found in ranges.items() if isinstance(found, LevelRange)}
         self.names = Names(graph)
         self.kind = placement.target.activations.numpy_dtype
         self.integers: dict[str, gs.Variable] = {}  # integer form, by the name of the float tensor
@@ -125,6 +131,7 @@ class _Writer:
                 self._compute(unit)
                 yield unit.node, "quantised"
         self._fuse_silus()
+        self._absorb_affine()
         self._protect_float_weights()
 
     def _node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, attrs: dict[str, Any] | None = None) -> None:
@@ -338,6 +345,34 @@ class _Writer:
             product.op, product.domain, product.attrs = "QuickGelu", "com.microsoft", {"alpha": 1.0}
             product.inputs = [source]
             self._channels_last(product)
+
+    def _absorb_affine(self) -> None:
+        """``Mul(f_c) -> Add(o_c) -> Q(scale, zero)`` of an aligned image: one Q with a scale and zero point a channel.
+
+        ``round((x * f + o) / scale) + zero`` is ``round(x / (scale / f)) + zero + o / scale`` where no value is close
+        to the middle between two levels; what is aligned never is, unless ``o / scale`` has a fraction of a half.
+        """
+        if not self.placement.target.audited:
+            return
+        gone: list[gs.Node] = []
+        for name in [name for name in self.integers if name in self.aligned]:
+            node = self.integers[name].inputs[0]
+            chain = aligned_chain(node.inputs[0])
+            if chain is None or len(node.inputs[0].outputs) != 1:
+                continue
+            source, factors, offsets, nodes = chain
+            params = self.params[self.placement.classes[name]]
+            places = float(params.zero_point) + offsets / float(params.scale)
+            zeros = np.rint(places)
+            info = np.iinfo(self.kind)
+            if np.abs(places - zeros).max() > _MOST_FRACTION or zeros.min() < info.min or zeros.max() > info.max:
+                continue
+            scales = (float(params.scale) / factors).astype(np.float32)
+            scale = gs.Constant(self.names.free(f"{source.name}_scales"), scales)
+            node.inputs = [source, scale, self._integer_constant(zeros.astype(self.kind))]
+            node.attrs = {**node.attrs, "axis": 1}
+            gone += nodes
+        remove_nodes(self.graph, gone)
 
     def _channels_last(self, node: gs.Node) -> None:
         """Put transpositions of the integers on both sides of ``node``, which cancel those of integer convolutions."""
