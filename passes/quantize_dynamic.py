@@ -25,7 +25,7 @@ Source: ONNX operator specification of DynamicQuantizeLinear and MatMulInteger.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import log2
 from typing import Any, ClassVar, Literal
@@ -52,9 +52,11 @@ from onnxcompress.graph import (
 from onnxcompress.lockstep import Judge, decibels, split_samples
 from onnxcompress.opset import raise_opset
 from onnxcompress.passes.insert_qdq import InsertQdq
-from onnxcompress.quantization.affine import quantize_weight, weight_qparams
+from onnxcompress.quantization.affine import QParams, quantize_weight, weight_qparams
 from onnxcompress.quantization.audit import audit
+from onnxcompress.quantization.calibration import observe
 from onnxcompress.quantization.placement import excluded_reason
+from onnxcompress.quantization.rounding import GramWatcher, damped, integer_bounds, round_columns
 from onnxcompress.shapes import TensorType, infer_shapes
 from onnxcompress.targets import Target, get_target
 
@@ -70,6 +72,13 @@ _SAMPLES = 256
 _DECIBELS_PER_OCTAVE = 10.0
 #: dB below which forms that are as fast count as equally accurate; the dynamic one cuts off nothing that is new to it
 _TIE = 0.5
+#: multiplications that rounding all weights may take: about half a minute
+_MOST_WORK = 2e11
+
+#: ridge of their Gram matrices: tokens are few and alike, so that errors must not cancel on these alone
+_DAMPING = 0.3
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,9 @@ class QuantizeDynamic(Pass):
     exclude_nodes: tuple[str, ...] = Field((), description="Node names that stay float; * and ? match as in a shell")
     exclude_operators: tuple[str, ...] = Field((), description="Operator types that stay float, such as Gemm")
     minimum_weights: int = Field(1024, ge=0, description="Products with fewer weights stay float: they save no time")
+    round_weights: bool = Field(
+        True, description="Where the target leaves weights fewer bits, round them so that errors cancel on the data"
+    )
     audit: bool = Field(True, description="Check on the optimised graph that the runtime fused what was written")
 
     @property
@@ -152,7 +164,8 @@ class QuantizeDynamic(Pass):
             raise_opset(graph, 11)
             candidates, _ = self._candidates(graph, target)
             yield Change("opset", "", f"raised from {before} to {graph.opset}: DynamicQuantizeLinear needs it")
-        writer = _Writer(graph, target, types)
+        grams = self._grams(graph, candidates, context) if self.round_weights else {}
+        writer = _Writer(graph, target, types, grams)
         for node in candidates:
             yield Change("quantised", node.name, writer.write(node))
         if not candidates:
@@ -199,6 +212,35 @@ class QuantizeDynamic(Pass):
             return "its weight is empty or holds values that are not finite"
         return None
 
+    def _grams(self, graph: Graph, nodes: Sequence[gs.Node], context: Context) -> dict[int, Floats]:
+        """By ``id()`` of the weight, the Gram matrix of what it multiplies."""
+        readers: dict[int, list[gs.Node]] = {}
+        for node in nodes:
+            readers.setdefault(id(node.inputs[1]), []).append(node)
+        # With all eight bits the ranges of activations cost so much more that it would gain 0.1 dB.
+        # A weight that several inputs meet has no one Gram matrix, and that of a transposed input has other columns.
+        alone = [found[0] for found in readers.values() if len(found) == 1 and not attribute(found[0], "transA", 0)]
+        shapes = [_rows_and_columns(node) for node in alone]
+        bounded = get_target(context.target).weights.largest_pair is not None
+        if (
+            context.data is None
+            or not bounded
+            or not alone
+            or sum(k**3 + 2 * k * k * f for k, f in shapes) > _MOST_WORK
+        ):
+            return {}
+        watchers = {node.inputs[0].name: GramWatcher() for node in alone}
+        data = context.data
+        if data.samples > _SAMPLES:
+            data = data.take(_SAMPLES)
+        observe(graph, watchers, data, threads=context.threads, progress=context.progress)
+        grams = {}
+        for node, (columns, _) in zip(alone, shapes, strict=True):
+            gram = watchers[node.inputs[0].name].gram
+            if gram is not None and len(gram) == columns:
+                grams[id(node.inputs[1])] = gram
+        return grams
+
     def _compare(self, graph: Graph, context: Context) -> Comparison:
         """Both forms, on the samples that calibration has."""
         from onnxcompress.benchmark import benchmark
@@ -207,7 +249,7 @@ class QuantizeDynamic(Pass):
         parts = split_samples(context.data, context.seed, _SAMPLES)
         options = {"exclude_nodes": self.exclude_nodes, "exclude_operators": self.exclude_operators, "audit": False}
         static = InsertQdq(observer=self.observer, **options)
-        always = self.model_copy(update={"use": "always", "audit": False})
+        always = self.model_copy(update={"use": "always", "round_weights": False, "audit": False})
         forms: list[Graph] = []
         for passes in ((static,), (always, static)):
             own = Context(
@@ -230,6 +272,14 @@ class QuantizeDynamic(Pass):
         return Comparison(errors[0], errors[1], timing.ratio, timing.low, timing.high, parts.held_out.samples)
 
 
+def _rows_and_columns(node: gs.Node) -> tuple[int, int]:
+    """(inputs, outputs) of the weight of ``node``."""
+    weight = constant_value(node.inputs[1])
+    assert weight is not None
+    inputs, outputs = weight.shape[::-1] if node.op == "Gemm" and attribute(node, "transB", 0) else weight.shape
+    return int(inputs), int(outputs)
+
+
 def _on_sequences(nodes: list[gs.Node], types: dict[str, TensorType]) -> bool:
     """True where a product works on tensors of rank three or more, as transformers do and convolutional nets do not."""
     for node in nodes:
@@ -242,8 +292,9 @@ def _on_sequences(nodes: list[gs.Node], types: dict[str, TensorType]) -> bool:
 class _Writer:
     """Writes groups in the form that the runtime fuses."""
 
-    def __init__(self, graph: Graph, target: Target, types: dict[str, TensorType]) -> None:
+    def __init__(self, graph: Graph, target: Target, types: dict[str, TensorType], grams: Mapping[int, Floats]) -> None:
         self.graph = graph
+        self.grams = grams
         self.target = target
         self.types = types
         self.names = Names(graph)
@@ -310,12 +361,23 @@ class _Writer:
             weight = value.T if transposed else value
             params = weight_qparams(weight, self.target.weights, 1)
             integers: NDArray[Any] = quantize_weight(weight, params, self.target.weights)
+            gram = self.grams.get(id(tensor))
+            if gram is not None:
+                integers = self._rounded(weight, params, integers, gram)
             scale = (params.scale * np.float32(alpha)).astype(np.float32)
             self.weights[key] = (
                 gs.Constant(self.names.free(f"{tensor.name}_quantized"), np.ascontiguousarray(integers)),
                 gs.Constant(self.names.free(f"{tensor.name}_scale"), scale),
             )
         return self.weights[key]
+
+    def _rounded(self, weight: NDArray[Any], params: QParams, start: NDArray[Any], gram: Floats) -> NDArray[np.int8]:
+        """Integers [inputs, outputs] whose errors cancel on inputs of this Gram matrix."""
+        filters = start.T[None].astype(np.float64)
+        bounds = integer_bounds(filters, self.target.weights.largest_pair)
+        wanted = (weight.astype(np.float64) / params.scale).T[None]
+        rounded = round_columns(wanted, damped(gram[None], _DAMPING), filters, bounds)[0].T
+        return np.ascontiguousarray(rounded.astype(np.int8))
 
     def _bias(self, node: gs.Node) -> gs.Tensor | None:
         """``beta * C`` of a Gemm, or None."""

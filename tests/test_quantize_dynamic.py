@@ -17,6 +17,7 @@ from onnxcompress.proto import from_proto, to_proto
 from onnxcompress.quantization.affine import QuantScheme, dequantize, quantize, quantize_weight, weight_qparams
 from onnxcompress.session import Session
 from onnxcompress.targets import get_target
+from onnxcompress.verify import compare
 
 Array = NDArray[Any]
 RUNNABLE = [h for h in HAZARDS if h.runnable and h.name not in ("random_and_stateful", "dropout_training")]
@@ -179,6 +180,31 @@ def test_measured_is_decided_and_replays_without_data() -> None:
     assert comparison["static_sqnr_db"] > 25 and comparison["dynamic_sqnr_db"] > 25
     again = QuantizeDynamic(use=taken)(graph)
     assert to_proto(again.graph).SerializeToString() == to_proto(result.graph).SerializeToString()
+
+
+def test_weights_of_fewer_bits_are_rounded_on_the_data_and_still_cannot_saturate() -> None:
+    graph, _ = projections()
+    rng = np.random.default_rng(6)
+    mixed = rng.normal(size=(64, 8)) @ rng.normal(size=(8, 64)) + 0.1 * rng.normal(size=(64, 64))  # correlated inputs
+
+    def samples(count: int) -> list[dict[str, np.ndarray]]:
+        return [{"x": (rng.normal(size=(8, 7, 64)) @ mixed).astype(np.float32)} for _ in range(count)]
+
+    context = Context(data=open_data(samples(40), input_specs(graph)), target="x86-any", threads=1)
+    fresh = open_data(samples(8), input_specs(graph))
+    results = [QuantizeDynamic(round_weights=on)(graph, context).graph for on in (False, True)]
+    integers = [
+        {i.name: numpy_helper.to_array(i) for i in to_proto(g).graph.initializer if i.data_type == TensorProto.INT8}
+        for g in results
+    ]
+    assert integers[0].keys() == integers[1].keys()
+    assert any((integers[0][name] != integers[1][name]).any() for name in integers[0])
+    for values in integers[1].values():
+        for signed in (values.astype(int), -values.astype(int)):
+            largest = np.sort(signed, axis=0)[-2:]
+            assert np.maximum(largest, 0).sum(axis=0).max() <= 128
+    for nearest, rounded in zip(*(compare(graph, g, fresh) for g in results), strict=True):
+        assert rounded.relative_l2 < nearest.relative_l2
 
 
 def test_nets_without_sequences_are_not_measured(rng: np.random.Generator) -> None:

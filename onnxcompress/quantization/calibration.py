@@ -23,6 +23,7 @@ from onnxcompress.quantization.observers import (
     PEAK_CLIPPING_WEIGHT,
     UINT8,
     Observer,
+    Watcher,
     WeightedMseObserver,
     make_observer,
 )
@@ -102,7 +103,7 @@ def range_of(name: str, found: Range) -> Range:
 
 def observe(
     graph: Graph,
-    watchers: Mapping[str, Observer],
+    watchers: Mapping[str, Watcher],
     data: Dataset,
     *,
     in_flight: int = IN_FLIGHT_BYTES,
@@ -113,7 +114,7 @@ def observe(
 
     Args:
         graph: the float model.
-        watchers: observers of one kind, by the names of float tensors of the outermost graph; tensors that share
+        watchers: watchers of one kind, by the names of float tensors of the outermost graph; tensors that share
             their parameters may have one observer in common.
         data: calibration samples. Batches are split where they hold too much.
         in_flight: bytes of activations, about, that may leave the runtime at a time.

@@ -33,6 +33,7 @@ __all__ = [
     "Observer",
     "PercentileObserver",
     "Tail",
+    "Watcher",
     "WeightedMseObserver",
     "make_observer",
 ]
@@ -175,8 +176,8 @@ class Tail:
     scale: float
 
 
-class Observer(ABC):
-    """Watches one tensor, or several that share their parameters, over all batches and answers with the range."""
+class Watcher(ABC):
+    """Is shown one tensor, or several that share their parameters, batch by batch."""
 
     #: Operators without attributes that the runtime applies to the tensor before it hands over the values. Empty: the
     #: observer gets the whole tensor. Reducing inside the runtime saves copying every activation out of it.
@@ -185,6 +186,10 @@ class Observer(ABC):
     @abstractmethod
     def update(self, *values: NDArray[Any]) -> None:
         """Take in one batch: the tensor, or one scalar per entry of ``reductions``."""
+
+
+class Observer(Watcher):
+    """Watches over all batches and answers with the range."""
 
     @abstractmethod
     def range(self) -> Range:

@@ -9,10 +9,14 @@ Source: E. Frantar, D. Alistarh, "Optimal Brain Compression", NeurIPS 2022, and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DAMPING", "damped", "integer_bounds", "round_columns"]
+from onnxcompress.quantization.observers import Watcher
+
+__all__ = ["DAMPING", "GramWatcher", "damped", "integer_bounds", "round_columns"]
 
 Floats = NDArray[np.float64]
 
@@ -25,6 +29,33 @@ _FEW = 64
 _SWEEPS = 2
 #: columns that are rounded one by one before what follows from it is worked into all the others at once
 _BLOCK = 32
+#: products that one Gram matrix may take; at least four rows a column are used all the same
+_PRODUCTS = 2e10
+
+
+class GramWatcher(Watcher):
+    """Sums ``X' X`` over the rows of a tensor [..., columns], of the first batches as far as that is worth its time."""
+
+    def __init__(self) -> None:
+        self._sum: Floats | None = None
+        self._rows = 0
+
+    def update(self, *values: NDArray[Any]) -> None:
+        rows = values[0].reshape(-1, values[0].shape[-1])
+        columns = rows.shape[1]
+        left = max(int(_PRODUCTS / max(columns, 1) ** 2), 4 * columns) - self._rows
+        rows = rows[: max(left, 0)]
+        if len(rows):
+            self._rows += len(rows)
+            product = (rows.T @ rows).astype(np.float64)
+            self._sum = product if self._sum is None else self._sum + product
+
+    @property
+    def gram(self) -> Floats | None:
+        """Mean of the products, [columns, columns]; None where no values were seen, or some that are not finite."""
+        if self._sum is None or not np.isfinite(self._sum).all() or not self._sum.any():
+            return None
+        return self._sum / self._rows
 
 
 def damped(gram: Floats, ridge: float) -> Floats:
