@@ -233,6 +233,21 @@ def test_openvino_beside_onnxruntime(run: Callable[..., MatrixResult]) -> None:
     assert kinds(result) == [("model", 0, 1), ("runtime", 0, 2), ("model", 2, 3)]
 
 
+def test_torch_beside_onnxruntime(run: Callable[..., MatrixResult]) -> None:
+    pytest.importorskip("torch", reason="the executor needs the extra distill")
+    result = run(["a", "close"], runtimes=["onnxruntime:cpu", "torch", "torch:cuda"], noise_floor=False, trace=True)
+    facts = result.facts[1]
+    assert facts is not None
+    assert facts.precision.startswith("float32")
+    for variant in result.variants[:4]:
+        assert variant.failure is None
+        assert variant.outputs[0].relative_l2 < 1e-5
+        assert variant.trace is not None
+        assert variant.placement[0].macs == result.models[0].macs
+    if result.facts[2] is None:
+        assert {v.failure.exit_code for v in result.variants[4:] if v.failure is not None} == {6}
+
+
 def test_labels_give_a_metric(run: Callable[..., MatrixResult], folder: Path) -> None:
     specs = [InputSpec("x", np.dtype(np.float32), ("N", 4, 8, 8), False)]
     data = open_data({**samples(8), "labels": np.arange(8) % 4}, specs)

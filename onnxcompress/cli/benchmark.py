@@ -41,7 +41,7 @@ class _BenchmarkCommand(click.Command):
     "runtimes",
     multiple=True,
     metavar="NAME[,OPTION=VALUE...]",
-    help="onnxruntime:cpu (the default), onnxruntime:cuda or openvino; repeatable.",
+    help="onnxruntime:cpu (the default), onnxruntime:cuda, openvino, torch or torch:cuda; repeatable.",
 )
 @click.option(
     "--seconds",

@@ -33,6 +33,7 @@ __all__ = [
     "as_path",
     "contiguous",
     "median_times",
+    "missing_inputs",
     "one_line",
 ]
 
@@ -196,6 +197,11 @@ def median_times(taken: Mapping[tuple[str, str, str], Sequence[float]]) -> tuple
 def contiguous(feeds: Feeds, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     """The arrays of ``feeds`` that ``names`` asks for, as runtimes want them in memory."""
     return {name: np.ascontiguousarray(feeds[name]) for name in names if name in feeds}
+
+
+def missing_inputs(names: Sequence[str]) -> str:
+    """What an error says of inputs that were not given."""
+    return f"there is no input {', '.join(map(repr, names))}"
 
 
 def one_line(error: BaseException, most: int = 500) -> str:

@@ -25,6 +25,7 @@ from onnxcompress.runtimes.base import (
     Trace,
     contiguous,
     median_times,
+    missing_inputs,
     one_line,
 )
 
@@ -132,7 +133,7 @@ class _OpenedOpenVino(Opened):
         given = contiguous(feeds, self.input_names)
         missing = [name for name in self.input_names if name not in given]
         if missing:
-            raise ModelError(f"OpenVINO cannot run the model: there is no input {', '.join(map(repr, missing))}")
+            raise ModelError(f"OpenVINO cannot run the model: {missing_inputs(missing)}")
         return [given[name] for name in self.input_names]
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
