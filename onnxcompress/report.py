@@ -727,6 +727,8 @@ def _print_placement(console: Console, result: MatrixResult) -> None:
         for placed in variant.placement:
             share = f", {_share(placed.macs, macs)} of the MACs" if placed.macs else ""
             _print_line(console, f"  {printable(placed.provider)}: {placed.nodes} nodes{share}")
+        if variant.trace is not None and variant.trace.copies:
+            _print_line(console, f"  copies between devices in a run: {variant.trace.copies}")
 
 
 def _shape(shape: Sequence[int | str | None] | None) -> str:
