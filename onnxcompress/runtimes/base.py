@@ -138,6 +138,8 @@ class Runtime(ABC):
 
     #: as it is asked for, without options
     name: ClassVar[str]
+    #: what runs the models
+    library: ClassVar[str]
     #: the options that it has
     options_type: ClassVar[type[Options]] = Options
     #: names of runtimes that disturb this one inside one process; both then work in processes of their own
@@ -176,8 +178,28 @@ class Runtime(ABC):
         """
 
     @abstractmethod
+    def version(self) -> str:
+        """The version of the library."""
+
+    @abstractmethod
+    def precision(self) -> str:
+        """What float32 operators compute in; a choice of the caller that is less says so."""
+
+    def device(self) -> str:
+        """The device by name."""
+        return "CPU"
+
     def facts(self, threads: int) -> RuntimeFacts:
         """Version, device, precision, threads and options; :meth:`check` has passed."""
+        return RuntimeFacts(
+            spec=self.spec,
+            runtime=self.library,
+            version=self.version(),
+            device=self.device(),
+            precision=self.precision(),
+            threads=threads,
+            options=self.option_texts(),
+        )
 
     def device_memory(self) -> int | None:
         """Bytes in use on the device now; None for a device without memory of its own, or that does not tell."""

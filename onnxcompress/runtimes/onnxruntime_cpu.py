@@ -25,7 +25,6 @@ from onnxcompress.runtimes.base import (
     Opened,
     Options,
     Runtime,
-    RuntimeFacts,
     Source,
     Trace,
     as_path,
@@ -62,6 +61,7 @@ class OnnxRuntimeCpu(Runtime):
     """ONNX Runtime on the CPU. It is also what the outputs of every other runtime are held against."""
 
     name = "onnxruntime:cpu"
+    library = "onnxruntime"
     options_type = CpuOptions
     provider: ClassVar[str] = "cpu"
     provider_name: ClassVar[str] = "CPUExecutionProvider"
@@ -103,24 +103,11 @@ class OnnxRuntimeCpu(Runtime):
                 bound[index % len(bound)]()
             return read_trace(Path(session.end_profiling()), warm_up)
 
-    def facts(self, threads: int) -> RuntimeFacts:
-        ort = import_onnxruntime()
-        return RuntimeFacts(
-            spec=self.spec,
-            runtime="onnxruntime",
-            version=f"{ort.__version__} ({' and '.join(installed_builds()) or 'package unknown'})",
-            device=self.device(),
-            precision=self.precision(),
-            threads=threads,
-            options=self.option_texts(),
-        )
-
-    def device(self) -> str:
-        """The device by name."""
-        return "CPU"
+    def version(self) -> str:
+        builds = " and ".join(installed_builds()) or "package unknown"
+        return f"{import_onnxruntime().__version__} ({builds})"
 
     def precision(self) -> str:
-        """What float32 operators compute in."""
         return "float32"
 
 

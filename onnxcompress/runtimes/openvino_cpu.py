@@ -20,7 +20,6 @@ from onnxcompress.runtimes.base import (
     Opened,
     Options,
     Runtime,
-    RuntimeFacts,
     Source,
     Trace,
     contiguous,
@@ -50,6 +49,7 @@ class OpenVinoCpu(Runtime):
     """OpenVINO on the CPU."""
 
     name = "openvino"
+    library = "openvino"
     options_type = OpenVinoOptions
 
     def check(self) -> None:
@@ -96,19 +96,13 @@ class OpenVinoCpu(Runtime):
                     seconds[index - warm_up] += entry.real_time.total_seconds()
         return Trace(runs, median_times(taken), 0)
 
-    def facts(self, threads: int) -> RuntimeFacts:
-        ov = _import_openvino()
+    def version(self) -> str:
+        return str(_import_openvino().__version__)
+
+    def precision(self) -> str:
         options = self.options
         assert isinstance(options, OpenVinoOptions)
-        return RuntimeFacts(
-            spec=self.spec,
-            runtime="openvino",
-            version=ov.__version__,
-            device="CPU",
-            precision=_PRECISIONS[options.precision],
-            threads=threads,
-            options=self.option_texts(),
-        )
+        return _PRECISIONS[options.precision]
 
 
 class _OpenedOpenVino(Opened):

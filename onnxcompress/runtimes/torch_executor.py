@@ -31,7 +31,6 @@ from onnxcompress.runtimes.base import (
     Opened,
     Options,
     Runtime,
-    RuntimeFacts,
     Source,
     Trace,
     median_times,
@@ -63,6 +62,7 @@ class TorchCpu(Runtime):
     """Torch on the CPU."""
 
     name = "torch"
+    library = "torch"
     options_type = TorchOptions
     clashes = frozenset({"onnxruntime:cuda"})
     kind: ClassVar[str] = "CPU"
@@ -99,24 +99,10 @@ class TorchCpu(Runtime):
                 taken.setdefault((name, op, self.kind), [0.0] * runs)[run] += seconds
         return Trace(runs, median_times(taken), 0)
 
-    def facts(self, threads: int) -> RuntimeFacts:
-        torch = import_torch()
-        return RuntimeFacts(
-            spec=self.spec,
-            runtime="torch",
-            version=torch.__version__,
-            device=self.device(),
-            precision=self.precision(),
-            threads=threads,
-            options=self.option_texts(),
-        )
-
-    def device(self) -> str:
-        """The device by name."""
-        return "CPU"
+    def version(self) -> str:
+        return str(import_torch().__version__)
 
     def precision(self) -> str:
-        """What float32 operators compute in."""
         return "float32 (integers and half precision too)"
 
 
