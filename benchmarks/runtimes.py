@@ -26,7 +26,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -95,7 +95,7 @@ def main() -> None:
             if missing or arguments.prepare:
                 say(name)
                 facts["models"][name] = measured(name, folder, before, missing, arguments)
-                write(arguments.output, facts)
+                write(arguments.output, facts, markdown)
     print(markdown(facts))
     print(json.dumps(facts))
 
@@ -138,11 +138,11 @@ def measured(
     return found
 
 
-def write(output: Path | None, facts: Mapping[str, Any]) -> None:
+def write(output: Path | None, facts: Mapping[str, Any], shown: Callable[[Mapping[str, Any]], str]) -> None:
     """The JSON file and the table beside it; a run that is cut off leaves the last ones whole."""
     if output is None:
         return
-    for path, text in ((output, json.dumps(facts, indent=1)), (output.with_suffix(".md"), markdown(facts))):
+    for path, text in ((output, json.dumps(facts, indent=1)), (output.with_suffix(".md"), shown(facts))):
         partial = path.with_suffix(".partial")
         partial.write_text(text + "\n")
         partial.replace(path)

@@ -94,6 +94,26 @@ def test_the_table_tells_what_was_not_timed(script: Callable[[str], ModuleType])
     assert "b: not measured: no cases" in lines
 
 
+def test_without_a_gpu_every_row_of_cuda_says_why(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    cuda = script("cuda")
+    monkeypatch.setattr(cuda, "prepared", lambda name, folder: {"fp32": demo_model_path()})
+    monkeypatch.setattr(cuda, "feeds", lambda name, samples, seed=0: np.zeros((samples, 1, 32, 32), np.float32))
+    output = tmp_path / "cuda.json"
+    words = ["cuda.py", "--models", str(tmp_path), "--only", "resnet50", "--batches", "1,8", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", words)
+    cuda.main()
+    rows = [row for found in json.loads(output.read_text())["models"].values() for row in found["rows"]]
+    assert len(rows) == 4
+    assert not [row for row in rows if "median_s" in row or "pip install" not in row["failure"]]
+    assert (tmp_path / "cuda.md").read_text().count("Not timed: resnet50 fp32, batch 1, on onnxruntime:cuda") == 2
+
+
 def test_targets_of_trials(script: Callable[[str], ModuleType]) -> None:
     targets = script("aa").targets
     found = {"repetitions": 200, "covers_1": 184, "half_width_median": 0.02, "verdicts": {"SLOWER": 190}}
