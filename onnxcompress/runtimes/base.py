@@ -201,6 +201,10 @@ class Runtime(ABC):
             options=self.option_texts(),
         )
 
+    def lingers(self, threads: int) -> float:
+        """Seconds for which ``threads`` threads go on after a run, waiting for the next one; 0 for one thread."""
+        return 0.0
+
     def device_memory(self) -> int | None:
         """Bytes in use on the device now; None for a device without memory of its own, or that does not tell."""
         return None

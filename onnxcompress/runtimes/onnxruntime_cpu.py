@@ -39,6 +39,8 @@ __all__ = ["CpuOptions", "OnnxRuntimeCpu", "OpenedSession", "installed_builds", 
 _WARM_UP = 3
 #: distributions that all install the module onnxruntime
 _BUILDS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-training")
+#: seconds after which threads that spin have gone to sleep
+_LINGERS = 0.01
 _SPINNING = {
     "stop": {"session.force_spinning_stop": "1"},
     "on": {},
@@ -85,6 +87,10 @@ class OnnxRuntimeCpu(Runtime):
             config={**_SPINNING[options.spinning], "session.record_ep_graph_assignment_info": "1"},
             profile=profile,
         )
+
+    def lingers(self, threads: int) -> float:
+        assert isinstance(self.options, CpuOptions)
+        return _LINGERS if threads != 1 and self.options.spinning == "on" else 0.0
 
     def provider_options(self) -> dict[str, str]:
         """Options of the provider."""

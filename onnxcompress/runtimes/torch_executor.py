@@ -41,6 +41,8 @@ from onnxcompress.runtimes.base import (
 __all__ = ["TorchCpu", "TorchCuda", "TorchCudaOptions", "TorchOptions"]
 
 _WARM_UP = 3
+#: seconds after which OpenMP's threads sleep: they spin for 3 ms each, measured, before they do
+_LINGERS = 0.01
 
 
 class TorchOptions(Options):
@@ -79,6 +81,9 @@ class TorchCpu(Runtime):
         assert isinstance(options, TorchOptions)
         layout = {"auto": None, "on": True, "off": False}[options.channels_last]
         return _OpenedTorch(_read(model), self.torch_device(), layout, threads, self.is_reduced(), self.kind)
+
+    def lingers(self, threads: int) -> float:
+        return _LINGERS if threads != 1 else 0.0
 
     def torch_device(self) -> str:
         """The device as torch spells it."""
