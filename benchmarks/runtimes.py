@@ -28,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def measured(
         if "times" in parts:
             found |= times(name, files, runtimes, arguments.seconds, arguments.threads)
         if "errors" in parts:
-            found["errors"] = output_errors(files, runtimes, list(batches(name)))
+            found["errors"] = output_errors(files, runtimes, judged(name))
     except (CasesMissingError, OnnxCompressError) as error:
         return {"settings": before["settings"], "skipped": str(error)}
     return found
@@ -182,6 +182,12 @@ def prepared(name: str, folder: Path) -> dict[str, Path]:
     return files
 
 
+@cache
+def judged(name: str) -> list[Mapping[str, Any]]:
+    """Validation samples one by one, as many as are judged; reading them takes an evaluation."""
+    return list(batches(name))
+
+
 def batches(name: str) -> Iterator[Mapping[str, Any]]:
     """Validation samples one by one, as many as are judged."""
     left = JUDGED
@@ -202,7 +208,7 @@ def times(
 ) -> dict[str, Any]:
     """One model's rows."""
     random_weights = name in ARCHITECTURES
-    data: Any = feeds(name, TIMED) if random_weights else list(islice(batches(name), TIMED))
+    data: Any = feeds(name, TIMED) if random_weights else judged(name)[:TIMED]
     result = benchmark_models(
         list(files.values()),
         data,
