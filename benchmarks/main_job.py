@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from aa import random_feeds, repeat, summary
+from aa import repeat, summary
 from bench import Bench, Row, interval, main, measured_on, other_rows, rounded, say, target_summary, timing
 from common import Case, alternate, quantize_static, quantize_static_input, run_process, save_samples, table
 
@@ -219,7 +219,7 @@ class MainJob(Bench):
         """A model against itself: the interval must hold 1."""
         repetitions = 5 if self.quick else 20
         model = onnx.load(demo_model_path())
-        found = summary(repeat(model, model, random_feeds(model, 0), repetitions, seconds=3.0 if self.quick else 10.0))
+        found = summary(repeat(model, repetitions, seconds=3.0 if self.quick else 10.0))
         covers = found["covers_1"]
         self.details["aa"] = found
         text = f"{covers} of {repetitions}, half width {found['half_width_median']:.2%}"

@@ -8,10 +8,16 @@ Run from the root of the repository::
     python benchmarks/runtimes.py --only resnet20,bert_base --seconds 3
     python benchmarks/runtimes.py --models /tmp/models --prepare       # compress only
     python benchmarks/runtimes.py --models /tmp/models --output benchmarks/results/runtimes.json --update
+    python benchmarks/runtimes.py --markdown benchmarks/results/runtimes.json
+
+The file, and a table beside it in Markdown, are written after each model. ``--update`` keeps the models that were
+measured in the same way on the same machine, so that a run that was cut off goes on where it was; ``--again`` measures
+those that are named once more.
 
 The cases lie in the folder that ONNXCOMPRESS_CASES names (default ../shared/cases). The architectures have random
-weights (:mod:`architectures`): their times are real and their errors mean nothing, so none is given. A file, a runtime
-or an extra that is missing is a row with the reason. The last line on stdout is JSON.
+weights (:mod:`architectures`): their times are real, and of their errors only those of the original on each runtime
+mean something, so no others are given. A file, a runtime or an extra that is missing is a row with the reason.
+The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -20,9 +26,9 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +46,7 @@ from onnxcompress.errors import OnnxCompressError
 from onnxcompress.runtimes import get_runtime
 from onnxcompress.session import Session
 
-RUNTIMES = ("onnxruntime:cpu", "openvino")
+RUNTIMES = ("onnxruntime:cpu", "openvino", "torch")
 CASES = ("resnet20", "resnet56", "mobilenetv2_cifar10", "squeezenet1.1", "minilm")
 #: files of one model: the original, and one for each target
 TARGETS = {"fp32": None, "int8 for cpu": "cpu", "int8 for openvino": "openvino"}
@@ -60,36 +66,86 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="compress only")
     parser.add_argument("--parts", default="times,errors", help="what to measure; only times need a quiet machine")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
-    parser.add_argument("--update", action="store_true", help="keep what --output has of other models")
+    parser.add_argument("--update", action="store_true", help="go on with what --output has")
+    parser.add_argument("--again", action="store_true", help="measure the models of --only again, whatever it has")
     parser.add_argument("--markdown", type=Path, help="print the table of this JSON file and measure nothing")
     arguments = parser.parse_args()
     if arguments.markdown:
         print(markdown(json.loads(arguments.markdown.read_text())))
         return
 
+    if arguments.update and arguments.output is None:
+        parser.error("--update needs --output")
+    unknown = set(arguments.only.split(",")) - {*CASES, *ARCHITECTURES}
+    if unknown:
+        parser.error(f"there is no model {min(unknown)}; expected some of {', '.join((*CASES, *ARCHITECTURES))}")
+
     facts: dict[str, Any] = {"environment": describe_environment(), "threads": arguments.threads, "models": {}}
+    how = settings(arguments, facts["environment"])
     if arguments.update and arguments.output.exists():
-        facts["models"] = json.loads(arguments.output.read_text())["models"]
+        before = json.loads(arguments.output.read_text())["models"]
+        facts["models"] = {name: model for name, model in before.items() if model.get("settings") == how}
     temporary = tempfile.TemporaryDirectory(prefix="onnxcompress-") if arguments.models is None else nullcontext()
     with temporary as made:
         folder = Path(made) if made is not None else arguments.models
         folder.mkdir(parents=True, exist_ok=True)
         for name in arguments.only.split(","):
-            say(name)
-            try:
-                files = prepared(name, folder)
-                found = facts["models"].setdefault(name, {})
-                runtimes = arguments.runtimes.split(";")
-                if not arguments.prepare and "times" in arguments.parts:
-                    found |= times(name, files, runtimes, arguments.seconds, arguments.threads)
-                if not arguments.prepare and "errors" in arguments.parts and name not in ARCHITECTURES:
-                    found["errors"] = output_errors(files, runtimes, list(batches(name)))
-            except (CasesMissingError, OnnxCompressError) as error:
-                facts["models"][name] = {"skipped": str(error)}
-    if arguments.output:
-        arguments.output.write_text(json.dumps(facts, indent=1) + "\n")
+            before = facts["models"].get(name, {"settings": how})
+            missing = missing_parts(name, before, arguments)
+            if missing or arguments.prepare:
+                say(name)
+                facts["models"][name] = measured(name, folder, before, missing, arguments)
+                write(arguments.output, facts, markdown)
     print(markdown(facts))
     print(json.dumps(facts))
+
+
+def settings(arguments: argparse.Namespace, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What rows must share to stand in one table."""
+    versions = {name: environment["versions"].get(name) for name in ("onnxruntime", "openvino", "torch")}
+    asked = {"runtimes": arguments.runtimes.split(";"), "seconds": arguments.seconds, "threads": arguments.threads}
+    return {**asked, "cpu": environment["cpu"], "versions": versions}
+
+
+def missing_parts(name: str, found: Mapping[str, Any], arguments: argparse.Namespace) -> list[str]:
+    """The parts of ``--parts`` that ``found`` lacks."""
+    if arguments.prepare:
+        return []
+    known = {"times": "rows", "errors": "errors"}
+    wanted = [part for part in known if part in arguments.parts.split(",")]
+    if name in ARCHITECTURES:
+        wanted = [part for part in wanted if part == "times"]
+    return [part for part in wanted if arguments.again or known[part] not in found]
+
+
+def measured(
+    name: str,
+    folder: Path,
+    before: Mapping[str, Any],
+    parts: Sequence[str],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """What is known of one model after ``parts`` were measured; or why it was not."""
+    found, runtimes = dict(before), before["settings"]["runtimes"]
+    try:
+        files = prepared(name, folder)
+        if "times" in parts:
+            found |= times(name, files, runtimes, arguments.seconds, arguments.threads)
+        if "errors" in parts:
+            found["errors"] = output_errors(files, runtimes, judged(name))
+    except (CasesMissingError, OnnxCompressError) as error:
+        return {"settings": before["settings"], "skipped": str(error)}
+    return found
+
+
+def write(output: Path | None, facts: Mapping[str, Any], shown: Callable[[Mapping[str, Any]], str]) -> None:
+    """The JSON file and the table beside it; a run that is cut off leaves the last ones whole."""
+    if output is None:
+        return
+    for path, text in ((output, json.dumps(facts, indent=1)), (output.with_suffix(".md"), shown(facts))):
+        partial = path.with_suffix(".partial")
+        partial.write_text(text + "\n")
+        partial.replace(path)
 
 
 def say(text: str) -> None:
@@ -126,6 +182,12 @@ def prepared(name: str, folder: Path) -> dict[str, Path]:
     return files
 
 
+@cache
+def judged(name: str) -> list[Mapping[str, Any]]:
+    """Validation samples one by one, as many as are judged; reading them takes an evaluation."""
+    return list(batches(name))
+
+
 def batches(name: str) -> Iterator[Mapping[str, Any]]:
     """Validation samples one by one, as many as are judged."""
     left = JUDGED
@@ -146,7 +208,7 @@ def times(
 ) -> dict[str, Any]:
     """One model's rows."""
     random_weights = name in ARCHITECTURES
-    data: Any = feeds(name, TIMED) if random_weights else list(islice(batches(name), TIMED))
+    data: Any = feeds(name, TIMED) if random_weights else judged(name)[:TIMED]
     result = benchmark_models(
         list(files.values()),
         data,
@@ -155,7 +217,8 @@ def times(
         seconds=seconds,
         output_check=not random_weights,  # what random weights compute does not survive 8 bits
     )
-    return {
+    found: dict[str, Any] = {"errors": float_errors(result)} if random_weights else {}
+    return found | {
         "rows": rows(result, list(files)),
         "noise": {
             result.runtimes[result.variants[c.reference].runtime]: [c.result.low, c.result.ratio, c.result.high]
@@ -165,6 +228,17 @@ def times(
         "warnings": list(result.warnings),
         "date": result.environment["date"],
     }
+
+
+def float_errors(result: MatrixResult) -> dict[str, dict[str, Any]]:
+    """{runtime, file: SQNR} of the original on each runtime, which random weights have as well."""
+    errors = {}
+    for variant in result.variants:
+        if variant.model == 0 and variant.outputs:
+            first = variant.outputs[0]
+            sqnr = None if first.max_abs == 0 else round(first.sqnr_db, 2)
+            errors[f"{result.runtimes[variant.runtime]}, fp32"] = {"sqnr_db": sqnr, "samples": result.samples}
+    return errors
 
 
 def output_errors(
@@ -229,7 +303,14 @@ def markdown(facts: Mapping[str, Any]) -> str:
             agreement = "" if row.get("agreement") is None else f"{100 * row['agreement']:.1f} %"
             median = f"{row['median_s'] * 1e3:.3g} ms"
             lines.append((name, row["runtime"], row["file"], median, speed, row.get("of", ""), sqnr, agreement))
-    return "\n\n".join([table(HEAD, lines), *notes])
+    machine, threads = facts.get("environment", {}), facts.get("threads", 1)
+    versions = ", ".join(
+        f"{name} {machine['versions'][name]}"
+        for name in ("onnxruntime", "openvino", "torch")
+        if name in machine.get("versions", {})
+    )
+    about = [f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}, batch 1; {versions}"] if machine else []
+    return "\n\n".join([*about, table(HEAD, lines), *notes])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from onnxcompress.units import bytes_text as _bytes
 from onnxcompress.units import count_text as _count
 from onnxcompress.units import decibel_text as _decibel
 from onnxcompress.units import printable
+from onnxcompress.units import rate_text as _rate
 from onnxcompress.units import seconds_text as _seconds
 from onnxcompress.version import __version__
 
@@ -652,13 +653,31 @@ def print_matrix(console: Console, result: MatrixResult) -> None:
     for variant in result.variants:
         for figure in variant.throughput:
             rate = figure.samples_per_second
-            what = f"not measured: {printable(figure.reason or '')}" if rate is None else f"{rate:.4g} samples/s"
+            what = f"not measured: {printable(figure.reason or '')}" if rate is None else f"{_rate(rate)} samples/s"
             label = printable(result.label(variant))
             threads = {0: "threads chosen by the runtime", 1: "1 thread"}.get(
                 figure.threads, f"{figure.threads} threads"
             )
             _print_line(console, f"throughput: {label}, batch {figure.batch}, {threads}: {what}")
     _print_placement(console, result)
+    _print_traces(console, result)
+
+
+def _print_traces(console: Console, result: MatrixResult) -> None:
+    """What each operator takes of a run, a column a variant, the longest first."""
+    traces = [(result.label(variant), variant.trace) for variant in result.variants if variant.trace is not None]
+    if not traces:
+        return
+    columns = [trace.by_operator() for _, trace in traces]
+    longest = {op: max(column.get(op, 0.0) for column in columns) for column in columns for op in column}
+    table = _table("time per operator", *(printable(label) for label, _ in traces))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for op in sorted(longest, key=lambda op: (-longest[op], op)):
+        table.add_row(printable(op), *(_seconds(column[op]) if op in column else "" for column in columns))
+    table.caption = "from each runtime's own trace, in a run of its own: tracing costs time itself"
+    table.caption_justify = "left"
+    console.print(table)
 
 
 def _print_variants(console: Console, result: MatrixResult, pairs: Mapping[int, Comparison]) -> None:
@@ -708,6 +727,8 @@ def _print_placement(console: Console, result: MatrixResult) -> None:
         for placed in variant.placement:
             share = f", {_share(placed.macs, macs)} of the MACs" if placed.macs else ""
             _print_line(console, f"  {printable(placed.provider)}: {placed.nodes} nodes{share}")
+        if variant.trace is not None and variant.trace.copies:
+            _print_line(console, f"  copies between devices in a run: {variant.trace.copies}")
 
 
 def _shape(shape: Sequence[int | str | None] | None) -> str:

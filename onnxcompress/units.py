@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["bytes_text", "count_text", "decibel_text", "printable", "seconds_text"]
+__all__ = ["bytes_text", "count_text", "decibel_text", "printable", "rate_text", "seconds_text"]
 
 
 def printable(text: str) -> str:
@@ -41,6 +41,11 @@ def seconds_text(value: float) -> str:
     if value >= 1.0:
         return f"{value:.3g} s"
     return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
+
+
+def rate_text(value: float) -> str:
+    """Samples a second, e.g. ``10790``: four digits, and no fewer than there are before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def decibel_text(value: float) -> str:

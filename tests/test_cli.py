@@ -272,6 +272,7 @@ def test_benchmark_writes_files(call: Callable[..., Result], tmp_path: Path) -> 
     result = call(f"benchmark MODEL MODEL {QUICK} --json out.json --report full.json --save-samples times.npz --trace")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out.json").read_text())
+    assert report["threads"] == 1
     assert json.loads((tmp_path / "full.json").read_text()) == report
     assert report["schema"] == 1
     assert report["comparisons"][0]["verdict"] in result.stdout, "the table is on stdout as well"
@@ -284,9 +285,10 @@ def test_benchmark_writes_files(call: Callable[..., Result], tmp_path: Path) -> 
 
 def test_a_bare_json_option_takes_no_model_for_its_file(call: Callable[..., Result], folder: Path) -> None:
     before = (folder / "model.onnx").read_bytes()
-    result = call(f"benchmark --json MODEL MODEL {QUICK}")
+    result = call(f"benchmark --json MODEL MODEL {QUICK} --threads 0")
     assert result.exit_code == 0, result.output
     assert len(json.loads(result.stdout)["models"]) == 2
+    assert json.loads(result.stdout)["threads"] == 0, "the runtime chooses where that was asked for"
     assert (folder / "model.onnx").read_bytes() == before
 
 

@@ -114,6 +114,16 @@ def test_what_is_compared_with_what(two_runtimes: MatrixResult) -> None:
     assert best.timing.median_s == min(v.timing.median_s for v in two_runtimes.variants if v.timing is not None)
 
 
+def test_traces_are_printed_operator_by_operator(two_runtimes: MatrixResult) -> None:
+    console = Console(file=StringIO(), width=200)
+    print_matrix(console, two_runtimes)
+    assert isinstance(console.file, StringIO)
+    lines = console.file.getvalue().splitlines()
+    begin = next(i for i, line in enumerate(lines) if "time per operator" in line)
+    (pool,) = [line.split() for line in lines[begin:] if line.split()[:1] == ["GlobalAveragePool"]]
+    assert len(pool) == 1 + 2 * 4, "a time and its unit for each of four variants"
+
+
 def test_outputs_are_held_against_the_same_and_the_first_model(two_runtimes: MatrixResult) -> None:
     same, first = two_runtimes.variants[3].outputs[0], two_runtimes.variants[3].against_first[0]
     assert same.sqnr_db > 100, "the unoptimised runtime is the reference itself"
@@ -231,6 +241,23 @@ def test_openvino_beside_onnxruntime(run: Callable[..., MatrixResult]) -> None:
         assert variant.trace is not None
         assert variant.trace.seconds > 0
     assert kinds(result) == [("model", 0, 1), ("runtime", 0, 2), ("model", 2, 3)]
+
+
+def test_torch_beside_onnxruntime(run: Callable[..., MatrixResult]) -> None:
+    pytest.importorskip("torch", reason="the executor needs the extra distill")
+    runtimes = ["onnxruntime:cpu", "torch", "torch:cuda", "onnxruntime:cuda"]
+    result = run(["a", "close"], runtimes=runtimes, noise_floor=False, trace=True)
+    assert result.isolated == (result.facts[3] is not None), "only what is there can disturb"
+    facts = result.facts[1]
+    assert facts is not None
+    assert facts.precision.startswith("float32")
+    for variant in result.variants[:4]:
+        assert variant.failure is None
+        assert variant.outputs[0].relative_l2 < 1e-5
+        assert variant.trace is not None
+        assert variant.placement[0].macs == result.models[0].macs
+    if result.facts[2] is None:
+        assert {v.failure.exit_code for v in result.variants[4:6] if v.failure is not None} == {6}
 
 
 def test_labels_give_a_metric(run: Callable[..., MatrixResult], folder: Path) -> None:

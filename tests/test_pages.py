@@ -123,6 +123,31 @@ def test_a_benchmark_is_told_with_its_failures_and_noise(benchmarked: Path) -> N
     assert "not timed" in told
 
 
+def test_throughput_is_drawn_by_threads_where_there_is_one_batch(benchmarked: Path) -> None:
+    facts = report(benchmarked / "benchmark.json")
+    for variant in facts["variants"]:
+        one = variant["throughput"][0]
+        variant["throughput"] = [one | {"threads": 1}, one | {"threads": 2, "samples_per_second": 12345.6}]
+
+    def drawn() -> set[str]:
+        (section,) = [s for s in benchmark_document(facts).sections if s.title == "Throughput"]
+        return {block.title for block in section.blocks if isinstance(block, Figure)}
+
+    assert drawn() == {"Throughput by threads"}
+    assert "12346" in to_html(benchmark_document(facts), ""), "in full, without an exponent"
+    facts["variants"][0]["throughput"][0]["threads"] = 0
+    assert drawn() == set(), "as many as the runtime likes is no place on an axis"
+
+
+def test_the_widest_noise_floor_is_the_one_in_the_summary(benchmarked: Path) -> None:
+    facts = report(benchmarked / "benchmark.json")
+    noise = [c for c in facts["comparisons"] if c["kind"] == "noise"]
+    assert len(noise) == 2
+    noise[1] |= {"low": 0.5, "high": 1.7}
+    label = facts["variants"][noise[1]["candidate_variant"]]["label"]
+    assert f"0.500 to 1.700: {label} against itself" in to_html(benchmark_document(facts), "")
+
+
 def test_markdown_says_the_same_without_plots(benchmarked: Path) -> None:
     for name in ("compress", "benchmark"):
         page = (benchmarked / f"{name}.md").read_text()

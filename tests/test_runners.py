@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import onnx  # noqa: F401  (numpy knows bfloat16 from it)
 import pytest
 
 from onnxcompress.benchmark.extras import cold_start
+from onnxcompress.benchmark.pairs import Subject, compare_subjects
 from onnxcompress.benchmark.runners import LocalRunner, Runner, WorkerRunner, make_runner, read_arrays, write_arrays
 from onnxcompress.benchmark.worker import Worker, resident_memory
 from onnxcompress.demo import demo_calibration, demo_model_path
@@ -33,6 +35,7 @@ def test_a_runner_opens_times_runs_places_and_traces(runner: Runner) -> None:
     started = runner.open()
     assert 0 < started.first_run_s < 5
     assert 0 < started.creation_s < 5
+    assert len(runner.sample(0, 3, settle=True)) == 3
     taken = runner.sample(1, 5)
     assert len(taken) == 5
     assert all(1_000 < nanoseconds < 5_000_000_000 for nanoseconds in taken)
@@ -116,3 +119,40 @@ def test_a_cold_start_is_measured_in_fresh_processes() -> None:
     assert start.total_s == pytest.approx(start.load_s + start.session_creation_s + start.first_run_s)
     if start.peak_bytes is not None:
         assert 1e5 < start.peak_bytes < 1e9
+
+
+class Recorder(LocalRunner):
+    """A runner that remembers when it was asked for a sample, and whether the caches were to be filled before."""
+
+    def __init__(self, log: list[tuple[float, bool]], lingers_s: float) -> None:
+        super().__init__(get_runtime("onnxruntime:cpu"), demo_model_path(), 1)
+        self.lingers_s = lingers_s
+        self._log = log
+
+    def sample(self, index: int, repeats: int, *, settle: bool = False) -> list[int]:
+        self._log.append((time.perf_counter(), settle))
+        return super().sample(index, repeats, settle=settle)
+
+
+@pytest.mark.parametrize("lingers_s", [0.0, 0.02])
+def test_samples_find_their_caches_and_wait_for_threads_that_linger(lingers_s: float) -> None:
+    log: list[tuple[float, bool]] = []
+    subjects = [Subject(Recorder(log, lingers_s), 1), Subject(Recorder(log, 0.0), 1)]
+    for subject in subjects:
+        subject.runner.feed(FEEDS)
+    result, _ = compare_subjects(subjects[0], subjects[1], len(FEEDS), sessions=6, seconds=0.1)
+    timed = [when for when, settle in log if settle]
+    assert len(timed) == 2 * result.pairs
+    gaps = np.diff([when for when, _ in log])[[settle for _, settle in log[1:]]]
+    assert gaps.min() >= lingers_s
+
+
+def test_threads_that_linger_are_known() -> None:
+    for spec, one, two in (
+        ("onnxruntime:cpu", 0.0, 0.0),
+        ("onnxruntime:cpu,spinning=on", 0.0, 0.01),
+        ("openvino", 0.0, 0.0),
+        ("torch", 0.0, 0.01),
+    ):
+        assert get_runtime(spec).lingers(1) == one
+        assert get_runtime(spec).lingers(2) == get_runtime(spec).lingers(0) == two

@@ -17,6 +17,7 @@ from onnxcompress.errors import ModelError, RuntimeUnavailableError, UsageError
 from onnxcompress.runtimes import RUNTIMES, Runtime, get_runtime
 from onnxcompress.runtimes.onnxruntime_cpu import installed_builds, read_trace
 from onnxcompress.runtimes.onnxruntime_cuda import CudaOptions, OnnxRuntimeCuda, fallback_message
+from onnxcompress.runtimes.torch_executor import TorchCuda
 from onnxcompress.session import Session
 
 FEEDS = {"input": demo_calibration()["input"][:2]}
@@ -46,6 +47,9 @@ def runtime(spec: str) -> Runtime:
         "onnxruntime:cpu,spinning=off,optimization=basic",
         "onnxruntime:cuda",
         "openvino",
+        "torch",
+        "torch,channels_last=off",
+        "torch:cuda",
     ],
 )
 def test_a_runtime_gives_the_reference_outputs(spec: str) -> None:
@@ -75,7 +79,7 @@ def test_buffers_that_are_bound_once_hold_each_run(rng: np.random.Generator) -> 
         session.bind_buffers({"input": np.zeros((1, 1), np.float32)})
 
 
-@pytest.mark.parametrize("spec", ["onnxruntime:cpu", "onnxruntime:cuda", "openvino"])
+@pytest.mark.parametrize("spec", ["onnxruntime:cpu", "onnxruntime:cuda", "openvino", "torch", "torch:cuda"])
 def test_a_runtime_states_itself_places_nodes_and_traces(spec: str) -> None:
     found = runtime(spec)
     facts = found.facts(1)
@@ -123,20 +127,26 @@ def test_openvino_gives_outputs_the_names_of_the_file() -> None:
         opened.run({"y": np.zeros((1, 3), np.float32)})
 
 
-@pytest.mark.parametrize("spec", ["onnxruntime:cpu", "openvino"])
+@pytest.mark.parametrize("spec", ["onnxruntime:cpu", "openvino", "torch"])
 def test_a_broken_model_is_a_model_error(spec: str, tmp_path: Path) -> None:
     found = runtime(spec)
     (tmp_path / "broken.onnx").write_bytes(b"\x08\x08nothing")
-    with pytest.raises(ModelError, match="cannot open the model"):
+    with pytest.raises(ModelError, match=r"cannot open the model|is no ONNX model"):
         found.open(tmp_path / "broken.onnx", 1)
-    with pytest.raises(ModelError, match="cannot run the model"):
-        found.open(demo_model_path(), 1).run({"input": np.zeros((1, 2, 3, 4), np.float32)})
+    with pytest.raises(ModelError, match="cannot open the model"):
+        found.open(b"\x08\x08nothing", 1)
+    opened = found.open(demo_model_path(), 1)
+    with pytest.raises(ModelError, match=r"cannot run the model|cannot be executed on torch"):
+        opened.run({"input": np.zeros((1, 2, 3, 4), np.float32)})
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("tensorrt", r"unknown runtime 'tensorrt'; expected one of onnxruntime:cpu, onnxruntime:cuda, openvino"),
+        (
+            "tensorrt",
+            r"unknown runtime 'tensorrt'; expected one of onnxruntime:cpu, onnxruntime:cuda, openvino, torch,",
+        ),
         ("openvino,streems=2", r"has no option 'streems'; it has precision, streams, pinning"),
         ("openvino,precision=f64", r"option 'precision': Input should be 'f32', 'bf16' or 'f16'"),
         ("openvino,precision", r"'precision' is not one option=value"),
@@ -153,6 +163,114 @@ def test_every_runtime_is_known_by_its_name() -> None:
     for name in RUNTIMES:
         assert get_runtime(name).name == name
     assert get_runtime("onnxruntime").name == "onnxruntime:cpu"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Torch
+
+
+def small_model(element: int = TensorProto.FLOAT, op: str = "Sub") -> bytes:
+    """A MatMul and an operator of two inputs, from ``a`` and ``b`` to ``y``, all of the type ``element``."""
+    nodes = [helper.make_node("MatMul", ["a", "b"], ["p"], "product"), helper.make_node(op, ["p", "b"], ["y"], "last")]
+    inputs = [helper.make_tensor_value_info(name, element, [64, 64]) for name in "ab"]
+    graph = helper.make_graph(nodes, "small", inputs, [helper.make_tensor_value_info("y", element, None)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    serialised: bytes = onnx.shape_inference.infer_shapes(model).SerializeToString()
+    return serialised
+
+
+def test_torch_runs_with_its_own_threads_and_precision_whatever_others_set(rng: np.random.Generator) -> None:
+    opened = runtime("torch").open(small_model(), 1)
+    import torch
+
+    feeds = {name: rng.standard_normal((64, 64), np.float32) for name in "ab"}
+    bound, threads = opened.bind(feeds), torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.set_float32_matmul_precision("medium")  # bfloat16 on processors that have it, TF32 on GPUs
+    try:
+        bound()
+        assert torch.get_num_threads() == 1
+        assert torch.get_float32_matmul_precision() == "highest"
+        expected = feeds["a"].astype(np.float64) @ feeds["b"] - feeds["b"]
+        error = opened.run(feeds)["y"] - expected
+        assert np.linalg.norm(error) <= 1e-6 * np.linalg.norm(expected)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_torch_gives_halves_where_the_file_has_halves(rng: np.random.Generator) -> None:
+    model = small_model(TensorProto.FLOAT16)
+    feeds = {name: rng.random((64, 64)).astype(np.float16) for name in "ab"}
+    found = runtime("torch").open(model, 1).run(feeds)["y"]
+    expected = Session(model, optimization="disabled").run(feeds)["y"]
+    assert found.dtype == expected.dtype == np.float16
+    assert np.linalg.norm((found - expected).astype(float)) <= 2e-3 * np.linalg.norm(expected.astype(float))
+
+
+def test_what_torch_cannot_run_is_told_by_node() -> None:
+    with pytest.raises(ModelError, match=r"node 'last' \(BitShift\) cannot be executed on torch: "):
+        runtime("torch").open(small_model(TensorProto.UINT8, "BitShift"), 1)
+    opened = runtime("torch").open(small_model(), 1)
+    with pytest.raises(ModelError, match="torch cannot run the model: there is no input 'b'"):
+        opened.run({"a": np.zeros((64, 64), np.float32)})
+    opened.close()
+    with pytest.raises(ModelError, match="was closed"):
+        opened.run({})
+
+
+def test_torch_without_cuda_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both builds of torch, without and with CUDA, on a machine without a GPU."""
+    runtime("torch")
+    import torch
+
+    found = get_runtime("torch:cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for version, words in ((None, "is a build for the CPU; install one with CUDA"), ("12.8", "finds 0 devices")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        for call in (lambda: found.check(), lambda: found.open(small_model(), 1)):
+            with pytest.raises(RuntimeUnavailableError) as caught:
+                call()
+            assert caught.value.exit_code == 6
+            assert str(caught.value).startswith(f"torch:cuda was asked for, but torch {torch.__version__}")
+            assert words in str(caught.value)
+
+
+def test_torch_that_is_missing_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    for spec in ("torch", "torch:cuda"):
+        with pytest.raises(RuntimeUnavailableError, match=r"pip install 'onnxcompress\[distill\]'"):
+            get_runtime(spec).check()
+
+
+def test_tf32_on_torch_is_off_unless_chosen_and_every_run_waits_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """On the processor, which takes the settings and ignores them."""
+    runtime("torch")
+    import torch
+
+    waits: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    feeds = {name: rng.random((64, 64), np.float32) for name in "ab"}
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for spec, level, allowed in (("torch:cuda", "highest", False), ("torch:cuda,use_tf32=true", "high", True)):
+            found = get_runtime(spec)
+            monkeypatch.setattr(found, "check", lambda: None)
+            monkeypatch.setattr(found, "torch_device", lambda: "cpu")
+            assert isinstance(found, TorchCuda)
+            opened = found.open(small_model(), 1)
+            monkeypatch.setattr(opened, "_on_cpu", False)
+            waits.clear()
+            opened.bind(feeds)()
+            assert waits == [1]
+            assert torch.get_float32_matmul_precision() == level
+            assert torch.backends.cudnn.allow_tf32 is allowed
+            assert found.precision().startswith("TF32 (chosen" if allowed else "float32 (TF32 off")
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -148,6 +148,22 @@ def test_coverage_of_equal_models(noise: float, most: int, stops: bool) -> None:
     assert (len({count for *_, count in results}) > 1) == stops
 
 
+def test_coverage_where_pairs_depend_on_those_before_them() -> None:
+    """Runs of slow pairs within a session make pairs worth less than their number; the unit is the session."""
+    pairs, trials = 20, 300
+    weights = 0.9 ** np.abs(np.subtract.outer(np.arange(pairs), np.arange(pairs)))
+    factor = np.linalg.cholesky(weights)
+    held = []
+    for trial in range(trials):
+        generator = np.random.default_rng([trial, 7])
+        order = generator.permutation(np.arange(pairs) % 2 == 0)
+        jitter = 0.02 * factor @ generator.standard_normal((pairs, 30))
+        ratios = [session_log_ratio(jitter[:, i] + generator.normal(scale=0.005), order) for i in range(30)]
+        _, low, high, _ = sequential_interval(iter(ratios), 10, lambda count: count >= 30, seed=trial)
+        held.append(low <= 0 <= high)
+    assert np.mean(held) >= 0.92
+
+
 def test_power_for_five_percent() -> None:
     """200 trials with a candidate 5 % slower on the noisier machine, as many sessions as thirty seconds hold."""
     results = simulate(200, math.log(1.05), 0.015, 100)

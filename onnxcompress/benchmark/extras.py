@@ -126,8 +126,10 @@ def throughput(
             rates[key] = []
         except OnnxCompressError as error:
             found[key] = Throughput(batch, threads, reason=str(error))
+    pause = max((runner.lingers_s for runner in runners.values()), default=0.0)
     for _ in range(ROUNDS):
         for key in generator.permutation(np.array(list(rates), dtype=np.int64)).tolist():
+            time.sleep(pause)
             taken: list[int] = []
             end = time.perf_counter() + seconds / ROUNDS
             while not taken or time.perf_counter() < end:

@@ -240,7 +240,7 @@ def benchmark_models(
             seed=seed,
             output_check=output_check,
             progress=progress if progress is not None else SilentProgress(),
-            isolated=_clash(chosen) if isolate is None else isolate,
+            isolate=isolate,
             stack=stack,
         )
         job.prepare()
@@ -309,8 +309,10 @@ class _Job:
     seed: int
     output_check: bool
     progress: Progress
-    isolated: bool
+    #: None: where runtimes that are there disturb each other
+    isolate: bool | None
     stack: ExitStack
+    isolated: bool = False
     models: list[ModelFacts] = field(default_factory=list)
     macs: list[dict[str, int]] = field(default_factory=list)
     specs: list[InputSpec] = field(default_factory=list)
@@ -347,6 +349,8 @@ class _Job:
                 self.facts.append(None)
             for model_index in range(len(self.models)):
                 self.variants.append(Variant(model_index, runtime_index, failure))
+        there = [runtime for runtime, facts in zip(self.runtimes, self.facts, strict=True) if facts is not None]
+        self.isolated = _clash(there) if self.isolate is None else self.isolate
 
     def _described(self, graph: Graph, path: Path, name: str) -> ModelFacts:
         stats = graph_stats(graph)

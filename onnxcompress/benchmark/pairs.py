@@ -3,7 +3,10 @@
 What spoils a comparison, and what is done about it:
 
 - The machine's speed drifts: both models run in turn, and only the ratio within such a pair counts.
-- Whoever runs second finds other caches: pairs come in both orders, as many of each, shuffled.
+- Each model finds the caches as the other left them: an untimed run goes before each sample, since a model that is
+  served finds its own. Pairs come in both orders, as many of each, shuffled.
+- Threads that spin on after a run take the cores from the other model: where a runtime has such, both wait until they
+  sleep.
 - Where memory happens to lie makes a session faster or slower for as long as it lives: both sessions are created anew
   many times, in both orders, and the interval is over sessions (:mod:`onnxcompress.statistics`).
 - A neighbour takes the core for a while: medians within a session, the middle half of the sessions between them.
@@ -366,6 +369,7 @@ class _Timing:
         self._feeds = feeds
         self._generator = generator
         self._seconds = seconds_per_session
+        self._pause = max(subject.runner.lingers_s for subject in subjects)
         self.runs_per_sample = 0
         self.pairs = 0
 
@@ -386,14 +390,16 @@ class _Timing:
         if not self.runs_per_sample:
             self.runs_per_sample = max(1, ceil(SAMPLE_NS / 1e9 / min(warm)))
         preparation = time.perf_counter() - begin
-        count = self._pairs(sum(warm) * self.runs_per_sample, preparation)
+        count = self._pairs(sum(warm) * (self.runs_per_sample + 1) + 2 * self._pause, preparation)
         reference_first = self._generator.permutation(np.arange(count) % 2 == 0)
         log_ratios = np.empty(count)
         for i in range(count):
             order = (0, 1) if reference_first[i] else (1, 0)
             total = [0, 0]
             for index in order:
-                taken = self._subjects[index].runner.sample(i % self._feeds, self.runs_per_sample)
+                if self._pause:
+                    time.sleep(self._pause)
+                taken = self._subjects[index].runner.sample(i % self._feeds, self.runs_per_sample, settle=True)
                 self._subjects[index].runs.extend(taken)
                 total[index] = sum(taken)
             log_ratios[i] = log(max(total[0], 1) / max(total[1], 1))

@@ -62,6 +62,9 @@ class Memory:
 class Runner(ABC):
     """A model on a runtime."""
 
+    #: seconds for which threads go on after a run, and take the cores from whoever runs next
+    lingers_s: float = 0.0
+
     @abstractmethod
     def feed(self, batches: Sequence[Feeds]) -> None:
         """The inputs that are run from now on, by their position."""
@@ -71,8 +74,12 @@ class Runner(ABC):
         """Create a new session, bind every batch to it and run the first one once."""
 
     @abstractmethod
-    def sample(self, index: int, repeats: int) -> list[int]:
-        """Nanoseconds of each of ``repeats`` runs in a row of batch ``index``."""
+    def sample(self, index: int, repeats: int, *, settle: bool = False) -> list[int]:
+        """Nanoseconds of each of ``repeats`` runs in a row of batch ``index``.
+
+        With ``settle`` one more run goes before them untimed, so that the caches hold what this model needs, as they do
+        where it runs all the time, and not what ran before it.
+        """
 
     @abstractmethod
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
@@ -100,6 +107,7 @@ class LocalRunner(Runner):
 
     def __init__(self, runtime: Runtime, source: Source, threads: int) -> None:
         self._runtime, self._source, self._threads = runtime, source, threads
+        self.lingers_s = runtime.lingers(threads)
         self._batches: Sequence[Feeds] = ()
         self._opened: Opened | None = None
         self._runs: list[Callable[[], Any]] = []
@@ -120,10 +128,12 @@ class LocalRunner(Runner):
         self._runs = [first, *(opened.bind(feeds) for feeds in self._batches[1:])]
         return Started(created - begin, done - created)
 
-    def sample(self, index: int, repeats: int) -> list[int]:
+    def sample(self, index: int, repeats: int, *, settle: bool = False) -> list[int]:
         run = self._runs[index]
         clock = time.perf_counter_ns
         taken = []
+        if settle:
+            run()
         last = clock()
         for _ in range(repeats):
             run()
@@ -183,6 +193,7 @@ class WorkerRunner(Runner):
             raise
         #: seconds to import the runtime and find its device
         self.load_s = float(answer["load_s"])
+        self.lingers_s = float(answer["lingers_s"])
 
     def _written(self, model: bytes) -> Path:
         path = Path(self._folder.name) / "model.onnx"
@@ -199,8 +210,8 @@ class WorkerRunner(Runner):
     def open(self) -> Started:
         return Started(**self._ask("open"))
 
-    def sample(self, index: int, repeats: int) -> list[int]:
-        taken: list[int] = self._ask("sample", index=index, repeats=repeats)["taken"]
+    def sample(self, index: int, repeats: int, *, settle: bool = False) -> list[int]:
+        taken: list[int] = self._ask("sample", index=index, repeats=repeats, settle=settle)["taken"]
         return taken
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:

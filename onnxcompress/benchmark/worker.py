@@ -62,7 +62,7 @@ class Worker:
         load_s = time.perf_counter() - begin
         self._runner = LocalRunner(runtime, Path(model), threads)
         self._device_memory = runtime.device_memory
-        return {"load_s": load_s}
+        return {"load_s": load_s, "lingers_s": self._runner.lingers_s}
 
     def do_feed(self, files: list[str]) -> dict[str, Any]:
         """Read the batches."""
@@ -77,9 +77,9 @@ class Worker:
             self._before = resident_memory()
         return asdict(self.runner.open())
 
-    def do_sample(self, index: int, repeats: int) -> dict[str, Any]:
+    def do_sample(self, index: int, repeats: int, settle: bool) -> dict[str, Any]:
         """Time runs."""
-        return {"taken": self.runner.sample(index, repeats)}
+        return {"taken": self.runner.sample(index, repeats, settle=settle)}
 
     def do_run(self, given: str, answer: str) -> dict[str, Any]:
         """Run once; the outputs go to the file ``answer``."""

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from onnxcompress.cli.files import check_pages, check_written, numbered, open_samples, write_pages
 from onnxcompress.cli.options import FILE, MODEL, Number, Numbers, data_options, output_options, page_option
@@ -41,7 +42,7 @@ class _BenchmarkCommand(click.Command):
     "runtimes",
     multiple=True,
     metavar="NAME[,OPTION=VALUE...]",
-    help="onnxruntime:cpu (the default), onnxruntime:cuda or openvino; repeatable.",
+    help="onnxruntime:cpu (the default), onnxruntime:cuda, openvino, torch or torch:cuda; repeatable.",
 )
 @click.option(
     "--seconds",
@@ -128,6 +129,7 @@ def benchmark(
     The first model and the first runtime are what the others are compared with; above 1 the other one is faster.
     `--json` prints JSON on stdout, `--json FILE.json` writes it to a file.
     """
+    threads_given = click.get_current_context().get_parameter_source("threads") is not ParameterSource.DEFAULT
     files = {"the report": report, "the JSON file": json_file, "the samples": save_samples, **numbered("page", pages)}
     check_written(files, {"the data": data, "the preprocessing": preprocess, **numbered("model", models)}, models)
     from onnxcompress.benchmark import benchmark_models
@@ -146,7 +148,7 @@ def benchmark(
             models,
             dataset,
             runtimes=runtimes or ("onnxruntime:cpu",),
-            threads=threads or 1,
+            threads=threads if threads_given else 1,
             batch=batch,
             seed=seed or 0,
             progress=terminal.progress,

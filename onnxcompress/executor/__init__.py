@@ -1,4 +1,4 @@
-"""Training of ONNX graphs on torch, which the extra ``distill`` brings.
+"""ONNX graphs on torch, to be trained or timed, which the extra ``distill`` brings.
 
 The modules of this package import torch, so it is imported where it is used. This module does not: it says whether
 torch is there.
@@ -29,6 +29,6 @@ def import_torch() -> Any:
         import torch
     except ImportError as error:
         raise RuntimeUnavailableError(
-            "torch is not installed, and training needs it; install it with: pip install 'onnxcompress[distill]'"
+            "torch is not installed; install it with: pip install 'onnxcompress[distill]'"
         ) from error
     return torch

@@ -9,7 +9,7 @@ are left for those shapes find it in their slots. A value is dropped after its l
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -105,7 +105,7 @@ def _is_known(op: str, opset: int) -> bool:
 def refusal(node: gs.Node, reason: str) -> ModelError:
     """The error that names ``node``."""
     name = node.name or first_output(node)
-    return ModelError(f"node {name!r} ({node.op}) cannot be trained through: {reason}")
+    return ModelError(f"node {name!r} ({node.op}) cannot be executed on torch: {reason}")
 
 
 def needed_nodes(graph: Graph, outputs: Sequence[gs.Tensor]) -> list[gs.Node]:
@@ -166,6 +166,10 @@ def _on_one_device(kernel: Kernel) -> Kernel:
         return kernel(*(a.to(device) if isinstance(a, Tensor) else a for a in arguments))
 
     return run
+
+
+def _shapes(names: Iterable[str], feeds: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(feeds[name].shape)) for name in names if name in feeds)
 
 
 def _numbers(value: Any) -> Any:
@@ -312,11 +316,15 @@ class Plan:
             elif node.op not in ("DequantizeLinear", *_OF_SHAPE):
                 raise refusal(node, "it computes with quantised values, which only moves of values and Q/DQ may touch")
 
+    def nodes(self) -> list[tuple[gs.Node, bool]]:
+        """(node, True where it only computes shapes) of what is left to run; a fused pair is its DequantizeLinear."""
+        return [(step.node, set(step.outputs) <= self._static) for step in self._steps]
+
     # -- running ----------------------------------------------------------------------------------------------------
 
     def run(self, feeds: Mapping[str, Tensor]) -> list[Any]:
         """The outputs for ``feeds`` (every input that is needed, by name)."""
-        key = tuple((name, tuple(feeds[name].shape)) for name in self.inputs if name in feeds)
+        key = _shapes(self.inputs, feeds)
         found = self._known.get(key)
         if found is None:
             return self._first_run(key, feeds)
@@ -327,6 +335,18 @@ class Plan:
         for step in steps:
             run_step(step, values)
         return [values[slot] for slot in self.outputs]
+
+    def run_timed(self, feeds: Mapping[str, Tensor], clock: Callable[[], float]) -> Iterator[tuple[gs.Node, float]]:
+        """(node, seconds) of each step of one run on shapes that were run before; ``clock`` waits for the device."""
+        steps, prepared = self._known[_shapes(self.inputs, feeds)]
+        values = list(prepared)
+        self._feed(values, feeds)
+        last = clock()
+        for step in steps:
+            run_step(step, values)
+            now = clock()
+            yield step.node, now - last
+            last = now
 
     def _feed(self, values: list[Any], feeds: Mapping[str, Tensor]) -> None:
         for name, slot in self.inputs.items():

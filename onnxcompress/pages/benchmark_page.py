@@ -20,9 +20,11 @@ from onnxcompress.pages.parts import (
     warnings_section,
 )
 from onnxcompress.pages.plots import Spread, lines, ratios, stacked
-from onnxcompress.units import bytes_text, count_text, seconds_text
+from onnxcompress.units import bytes_text, count_text, rate_text, seconds_text
 
 __all__ = ["benchmark_document"]
+
+_TURNS = "One run after the other; the models take turns."
 
 
 def benchmark_document(report: Mapping[str, Any]) -> Document:
@@ -34,12 +36,9 @@ def benchmark_document(report: Mapping[str, Any]) -> Document:
         title += f" and {len(names) - 1} more models"
     runtimes = ", ".join(runtime["spec"] for runtime in report["runtimes"])
     batch = "batches as the data has them" if report["batch"] is None else f"batch {report['batch']}"
-    threads = {0: "threads chosen by the runtime", 1: "one thread"}.get(
-        report["threads"], f"{report['threads']} threads"
-    )
     return Document.of(
         title,
-        f"On {runtimes}; {batch}, {threads}.",
+        f"On {runtimes}; {batch}, {_threads(report['threads'])}.",
         [
             Section("Summary", tuple(_summary(report, timed))),
             warnings_section(report["warnings"]),
@@ -53,6 +52,10 @@ def benchmark_document(report: Mapping[str, Any]) -> Document:
             environment_section(report["environment"], _facts(report)),
         ],
     )
+
+
+def _threads(count: int) -> str:
+    return {0: "threads chosen by the runtime", 1: "one thread"}.get(count, f"{count} threads")
 
 
 def _pairs(report: Mapping[str, Any], *kinds: str) -> list[Mapping[str, Any]]:
@@ -69,14 +72,10 @@ def _summary(report: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> l
         best = min(timed, key=lambda v: v["timing"]["median_s"])
         tiles.append(Tile("Shortest latency", seconds_text(best["timing"]["median_s"]), best["label"]))
     tiles.extend(_speed_tile(report, comparison) for comparison in _pairs(report, "model")[:4])
-    tiles.extend(
-        Tile(
-            "Noise floor",
-            f"{comparison['ratio']:.3f}x",
-            f"a model against itself: {comparison['low']:.3f} to {comparison['high']:.3f}",
-        )
-        for comparison in _pairs(report, "noise")[:1]
-    )
+    noise = max(_pairs(report, "noise"), key=lambda c: c["high"] / c["low"], default=None)
+    if noise is not None:
+        note = f"{noise['low']:.3f} to {noise['high']:.3f}: {_pair_label(report, noise)} against itself"
+        tiles.append(Tile("Noise floor", f"{noise['ratio']:.3f}x", note))
     sizes = [model["bytes_on_disk"] for model in report["models"]]
     if len(sizes) > 1:
         smallest = min(range(len(sizes)), key=lambda i: sizes[i])
@@ -183,23 +182,26 @@ def _distributions(timed: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 def _throughput(timed: Sequence[Mapping[str, Any]]) -> list[Block]:
     series: dict[str, list[tuple[float, float]]] = {}
+    by_threads: dict[str, list[tuple[float, float]]] = {}
     rows = []
     for variant in timed:
         for figure in variant["throughput"]:
             rate, threads = figure["samples_per_second"], figure["threads"]
             name = variant["label"] if len({f["threads"] for f in variant["throughput"]}) == 1 else ""
-            name = name or f"{variant['label']}, {threads} threads"
+            name = name or f"{variant['label']}, {_threads(threads)}"
             if rate is not None:
                 series.setdefault(name, []).append((figure["batch"], rate))
-            spread = "" if rate is None else f"{figure['low']:.4g} to {figure['high']:.4g}"
-            told = figure["reason"] or "" if rate is None else f"{rate:.4g}"
+                by_threads.setdefault(variant["label"], []).append((threads, rate))
+            spread = "" if rate is None else f"{rate_text(figure['low'])} to {rate_text(figure['high'])}"
+            told = figure["reason"] or "" if rate is None else rate_text(rate)
             rows.append((variant["label"], str(figure["batch"]), str(threads or "auto"), told, spread))
     if not rows:
         return []
     blocks: list[Block] = []
     if any(len(points) > 1 for points in series.values()):
-        caption = "One run after the other; the models take turns."
-        blocks.append(lines("Throughput by batch size", caption, series, "batch size", "samples a second"))
+        blocks.append(lines("Throughput by batch size", _TURNS, series, "batch size", "samples a second"))
+    elif any(len(points) > 1 for points in by_threads.values()) and all(x for p in by_threads.values() for x, _ in p):
+        blocks.append(lines("Throughput by threads", _TURNS, by_threads, "threads", "samples a second"))
     return [*blocks, Table(("variant", "batch", "threads", "samples a second", "range of rounds"), tuple(rows))]
 
 
@@ -243,7 +245,8 @@ def _placement(report: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) ->
         return []
     caption = (
         "onnxruntime: the provider of each node, before fusion. OpenVINO: device and precision of each node that is "
-        "executed; its nodes have names of their own, so their MACs are not counted."
+        "executed; its nodes have names of their own, so their MACs are not counted. torch: the nodes that are left "
+        "once constants are folded; a QuantizeLinear and its DequantizeLinear run as one."
     )
     columns = ("variant", "provider", "nodes", "MACs", "operators")
     return [Table(columns, tuple(rows), caption, frozenset({0, 1, 4}))]

@@ -25,10 +25,10 @@ p { margin: .5rem 0; max-width: 60rem; overflow-wrap: anywhere; }
 .soft, figcaption, .caption { color: var(--soft); }
 .good { color: var(--good); } .bad { color: var(--bad); } .warning { color: var(--warn); }
 p.good, p.bad, p.warning { border-left: 4px solid currentColor; padding: .3rem .75rem; background: var(--tint); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.2rem, 1fr)); gap: .75rem; margin: 1rem 0; }
 .tile { border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; background: var(--tint); }
 .tile .label { color: var(--soft); font-size: .85rem; }
-.tile .value { font-size: 1.5rem; font-weight: 650; line-height: 1.3; overflow-wrap: anywhere; }
+.tile .value { font-size: 1.35rem; font-weight: 650; line-height: 1.3; overflow-wrap: anywhere; }
 .tile .note { font-size: .85rem; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 36rem)); gap: 1rem; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: .75rem; break-inside: avoid; }

@@ -105,8 +105,8 @@ def operator_blocks(traces: Sequence[tuple[str, Mapping[str, Any] | None]]) -> l
         bars[label] = [by_operator.get(op, 0.0) * 1e3 for op in shown] + ([rest * 1e3] if ordered[_OPERATORS:] else [])
     names = [*shown, "other operators"] if ordered[_OPERATORS:] else shown
     caption = (
-        "From each runtime's own trace, in a run of its own: tracing costs time itself, so that the sums are above "
-        "the latencies."
+        "From each runtime's own trace, in a run of its own: tracing costs time itself, so that the sums are not the "
+        "latencies."
     )
     rows = [
         (op, *(seconds_text(t["by_operator"][op]) if op in t["by_operator"] else "" for _, t in known))

@@ -34,10 +34,17 @@ RUNTIMES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "onnxruntime:cpu": ("onnxcompress.runtimes.onnxruntime_cpu", "OnnxRuntimeCpu"),
         "onnxruntime:cuda": ("onnxcompress.runtimes.onnxruntime_cuda", "OnnxRuntimeCuda"),
         "openvino": ("onnxcompress.runtimes.openvino_cpu", "OpenVinoCpu"),
+        "torch": ("onnxcompress.runtimes.torch_executor", "TorchCpu"),
+        "torch:cuda": ("onnxcompress.runtimes.torch_executor", "TorchCuda"),
     }
 )
 #: other spellings
-_ALIASES = {"onnxruntime": "onnxruntime:cpu", "ort": "onnxruntime:cpu", "openvino:cpu": "openvino"}
+_ALIASES = {
+    "onnxruntime": "onnxruntime:cpu",
+    "ort": "onnxruntime:cpu",
+    "openvino:cpu": "openvino",
+    "torch:cpu": "torch",
+}
 
 
 def get_runtime(spec: str) -> Runtime:

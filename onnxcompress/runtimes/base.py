@@ -33,6 +33,7 @@ __all__ = [
     "as_path",
     "contiguous",
     "median_times",
+    "missing_inputs",
     "one_line",
 ]
 
@@ -137,6 +138,8 @@ class Runtime(ABC):
 
     #: as it is asked for, without options
     name: ClassVar[str]
+    #: what runs the models
+    library: ClassVar[str]
     #: the options that it has
     options_type: ClassVar[type[Options]] = Options
     #: names of runtimes that disturb this one inside one process; both then work in processes of their own
@@ -175,8 +178,32 @@ class Runtime(ABC):
         """
 
     @abstractmethod
+    def version(self) -> str:
+        """The version of the library."""
+
+    @abstractmethod
+    def precision(self) -> str:
+        """What float32 operators compute in; a choice of the caller that is less says so."""
+
+    def device(self) -> str:
+        """The device by name."""
+        return "CPU"
+
     def facts(self, threads: int) -> RuntimeFacts:
         """Version, device, precision, threads and options; :meth:`check` has passed."""
+        return RuntimeFacts(
+            spec=self.spec,
+            runtime=self.library,
+            version=self.version(),
+            device=self.device(),
+            precision=self.precision(),
+            threads=threads,
+            options=self.option_texts(),
+        )
+
+    def lingers(self, threads: int) -> float:
+        """Seconds for which ``threads`` threads go on after a run, waiting for the next one; 0 for one thread."""
+        return 0.0
 
     def device_memory(self) -> int | None:
         """Bytes in use on the device now; None for a device without memory of its own, or that does not tell."""
@@ -196,6 +223,11 @@ def median_times(taken: Mapping[tuple[str, str, str], Sequence[float]]) -> tuple
 def contiguous(feeds: Feeds, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     """The arrays of ``feeds`` that ``names`` asks for, as runtimes want them in memory."""
     return {name: np.ascontiguousarray(feeds[name]) for name in names if name in feeds}
+
+
+def missing_inputs(names: Sequence[str]) -> str:
+    """What an error says of inputs that were not given."""
+    return f"there is no input {', '.join(map(repr, names))}"
 
 
 def one_line(error: BaseException, most: int = 500) -> str:

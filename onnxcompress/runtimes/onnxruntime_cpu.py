@@ -25,7 +25,6 @@ from onnxcompress.runtimes.base import (
     Opened,
     Options,
     Runtime,
-    RuntimeFacts,
     Source,
     Trace,
     as_path,
@@ -40,6 +39,8 @@ __all__ = ["CpuOptions", "OnnxRuntimeCpu", "OpenedSession", "installed_builds", 
 _WARM_UP = 3
 #: distributions that all install the module onnxruntime
 _BUILDS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-training")
+#: seconds after which threads that spin have gone to sleep
+_LINGERS = 0.01
 _SPINNING = {
     "stop": {"session.force_spinning_stop": "1"},
     "on": {},
@@ -62,6 +63,7 @@ class OnnxRuntimeCpu(Runtime):
     """ONNX Runtime on the CPU. It is also what the outputs of every other runtime are held against."""
 
     name = "onnxruntime:cpu"
+    library = "onnxruntime"
     options_type = CpuOptions
     provider: ClassVar[str] = "cpu"
     provider_name: ClassVar[str] = "CPUExecutionProvider"
@@ -86,6 +88,10 @@ class OnnxRuntimeCpu(Runtime):
             profile=profile,
         )
 
+    def lingers(self, threads: int) -> float:
+        assert isinstance(self.options, CpuOptions)
+        return _LINGERS if threads != 1 and self.options.spinning == "on" else 0.0
+
     def provider_options(self) -> dict[str, str]:
         """Options of the provider."""
         return {}
@@ -103,24 +109,11 @@ class OnnxRuntimeCpu(Runtime):
                 bound[index % len(bound)]()
             return read_trace(Path(session.end_profiling()), warm_up)
 
-    def facts(self, threads: int) -> RuntimeFacts:
-        ort = import_onnxruntime()
-        return RuntimeFacts(
-            spec=self.spec,
-            runtime="onnxruntime",
-            version=f"{ort.__version__} ({' and '.join(installed_builds()) or 'package unknown'})",
-            device=self.device(),
-            precision=self.precision(),
-            threads=threads,
-            options=self.option_texts(),
-        )
-
-    def device(self) -> str:
-        """The device by name."""
-        return "CPU"
+    def version(self) -> str:
+        builds = " and ".join(installed_builds()) or "package unknown"
+        return f"{import_onnxruntime().__version__} ({builds})"
 
     def precision(self) -> str:
-        """What float32 operators compute in."""
         return "float32"
 
 
