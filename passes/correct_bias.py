@@ -8,7 +8,7 @@ that follow. So layers are corrected in graph order, each with every earlier cor
 which equals a full run of both networks per layer, at the cost of one (see :mod:`onnxcompress.quantization.layerwise`).
 No labels. Where a layer's output only goes into an Add, the sum is what is compared: shifting the branch for itself
 would undo what it makes up for on the shortcut. A layer keeps its correction only if its error on held-out samples
-falls, and the corrections together only if the error of the model's outputs falls.
+falls, and the corrections together only if the error of the model's outputs does not rise by more than chance.
 
 Source: M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section
 4.2, with means from data; NNCF calls it bias correction.

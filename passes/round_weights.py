@@ -14,7 +14,7 @@ earlier one in effect; grouped and depthwise convolutions group by group. No lab
 are.
 
 A layer keeps its new weights only if its error on held-out samples falls, and all of them together only if the error of
-the model's outputs falls.
+the model's outputs does not rise by more than chance.
 
 Source: E. Frantar, D. Alistarh, "Optimal Brain Compression", NeurIPS 2022, and E. Frantar et al., "GPTQ", ICLR 2023,
 for the rounding; M. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020, for the
