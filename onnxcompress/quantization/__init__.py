@@ -2,9 +2,9 @@
 
 ::
 
-    placement -> calibration (observers, range_search) -> qdq -> audit         what insert_qdq is made of
-    channel_scales, channel_statistics                                         what equalize_layers is made of
-    layerwise                                                                  round_weights and correct_bias
+    input_levels -> placement -> calibration (observers, range_search) -> qdq -> audit     what insert_qdq is made of
+    channel_scales, channel_statistics, inserted_scales                                    equalize_layers
+    layerwise, rounding                                                                    round_weights, correct_bias
 
 :mod:`~onnxcompress.quantization.affine` is the arithmetic below all of them. The rule tables are in
 :mod:`onnxcompress.targets`.
