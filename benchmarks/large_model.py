@@ -250,8 +250,14 @@ def main() -> int:
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
     cells = [
-        [row["recipe"], f"{row['peak_over_weights']:.2f}x", f"{row['anonymous_over_weights']:.2f}x"]
-        + [f"{row['seconds']} s", f"{row.get('size', '-')}", "PASS" if row["within_bound"] else "FAIL"]
+        (
+            row["recipe"],
+            f"{row['peak_over_weights']:.2f}x",
+            f"{row['anonymous_over_weights']:.2f}x",
+            f"{row['seconds']} s",
+            f"{row.get('size', '-')}",
+            "PASS" if row["within_bound"] else "FAIL",
+        )
         for row in rows
     ]
     print(table(("recipe", "peak / weights", "of that no file", "time", "size", f"bound {BOUND}x"), cells))

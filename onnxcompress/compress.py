@@ -8,6 +8,7 @@ Saving is deterministic, and the two files' hashes are compared, so what was jud
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import tempfile
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from onnxcompress.base import Context, Guarantee, PassReport, Progress, SilentProgress
+from onnxcompress.base import Context, Guarantee, PassReport, PassResult, Progress, SilentProgress
 from onnxcompress.benchmark import BenchmarkResult, benchmark, trace_model
 from onnxcompress.budget import BudgetedRun, run_within_budget
 from onnxcompress.data import Dataset, open_data, synthetic_data
@@ -70,6 +71,8 @@ EQUIVALENT_TOLERANCE = 1e-5
 GOOD_AGREEMENT = 0.995
 #: share of ``data`` held out for verification where there is no ``eval_data``
 HELD_OUT = 0.1
+#: bytes of a result from which it is judged with its weights on disk
+REOPENED_FROM = 1 << 28
 #: threads that a session may have; many more than there are cores wait for each other for minutes
 MOST_THREADS = max(64, os.cpu_count() or 1)
 #: samples of synthetic data, where that is all there is
@@ -426,12 +429,15 @@ class _Job:
         for message in unmatched_exclusions(self.recipe, (graph, done.graph)):
             self.warn(message)
         recipe = with_decisions(self.budgeted.recipe, done.report)
-        provenance = {"recipe": recipe.to_yaml()}
-        if done.kept:
-            provenance["kept"] = write_kept(done.kept)
+        provenance: dict[str, str] | None
+        provenance = {"recipe": recipe.to_yaml()} | ({"kept": write_kept(done.kept)} if done.kept else {})
         with tempfile.TemporaryDirectory(prefix=".onnxcompress-", dir=self.output.parent) as folder:
             with self.timed("save"):
                 staged = save(done.graph, Path(folder) / self.output.name, provenance=provenance)
+                if staged.bytes > REOPENED_FROM and len(staged.files) > 1:
+                    done, provenance = self.reopened(done, staged), None  # which the staged file has already
+                    context.reference = None
+                    gc.collect()  # graphs are cycles
             audits = [child.details["audit"] for child in done.report.children if "audit" in child.details]
             result = replace(
                 result,
@@ -457,6 +463,13 @@ class _Job:
                     )
                 result = replace(result, saved=saved, failure=None)
         return replace(result, warnings=tuple(self.warnings))
+
+    def reopened(self, done: PassResult, staged: SavedModel) -> PassResult:
+        """``done`` with its weights in the staged files instead of in memory, which judging needs for the runtime."""
+        done = replace(done, graph=load(staged.path, trusted=True))
+        if self.budgeted is not None:
+            self.budgeted = replace(self.budgeted, result=done)
+        return done
 
     def sample_counts(self) -> dict[str, int]:
         """Samples by what they were for."""
@@ -486,6 +499,8 @@ class _Job:
                 timing = self.timing(staged)
             result = replace(result, benchmark=timing)
             limit = self.fail_if_slower_than
+            if timing.apart:
+                self.warn("the models are large, so they were timed one after the other to save memory, not in pairs")
             if timing.verdict == "SLOWER":
                 self.warn(f"the result is slower than the original: its speed is {interval(timing)}{self.slowed_by()}")
             if limit is not None:
@@ -551,17 +566,24 @@ class _Job:
         scores: list[dict[str, float]] = []
         ranks: list[LabelRanks] = []
         for path in (self.model, staged.path):
-            session = Session(path, optimization="all", threads=self.threads)
-            if self.evaluate is not None:
-                try:
-                    scores.append({"metric": checked_metric(self.evaluate(session.run), "evaluate")})
-                except ModelError as error:  # both models ran on the evaluation data before
-                    raise DataError(f"evaluate: {error}; check what it feeds to the model") from error
-            elif labelled is not None:
-                ranks.append(label_ranks(session.run, labelled, progress=self.progress))
-                scores.append(ranks[-1].metrics())
+            found, ranked = self.scored(path, labelled)
+            scores.append(found)
+            ranks += ranked
         metrics = tuple(Metric(name, value, scores[1][name]) for name, value in scores[0].items())
         return metrics, sampling_error(*ranks) if ranks else 0.0
+
+    def scored(self, path: Path, labelled: Dataset | None) -> tuple[dict[str, float], list[LabelRanks]]:
+        """The metrics of one model; its session is closed on return."""
+        session = Session(path, optimization="all", threads=self.threads)
+        if self.evaluate is not None:
+            try:
+                return {"metric": checked_metric(self.evaluate(session.run), "evaluate")}, []
+            except ModelError as error:  # both models ran on the evaluation data before
+                raise DataError(f"evaluate: {error}; check what it feeds to the model") from error
+        if labelled is None:
+            return {}, []
+        ranks = label_ranks(session.run, labelled, progress=self.progress)
+        return ranks.metrics(), [ranks]
 
     def budget(self, verification: Verification, metrics: Sequence[Metric], error: float) -> Budget | None:
         """What the result is held against, see ``max_drop`` of :func:`compress`; None where there is nothing to hold.

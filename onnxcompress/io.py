@@ -31,7 +31,7 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 
 from onnxcompress.errors import ModelError, OnnxCompressError, ResourceError, UnsafeModelError, UsageError
-from onnxcompress.graph import Graph, model_info
+from onnxcompress.graph import Graph, model_info, release
 from onnxcompress.proto import Skeleton, checkable, dense_tensors, from_proto, storage_bytes, to_skeleton
 from onnxcompress.version import __version__
 from onnxcompress.wire import Bytes, Payload, Split, WireError, join, split
@@ -610,22 +610,9 @@ def _write_weights(file: BinaryIO, skeleton: Skeleton) -> tuple[_Places, int, st
         for piece in (padding, data.data):
             file.write(piece)
             digest.update(piece)
-        _release(data)
+        release(data)
         position += len(padding) + payload.nbytes
     return places, position, digest.hexdigest()
-
-
-def _release(data: Bytes) -> None:
-    """Let the system take back the pages of a memory map that were read; they come back from the file when needed."""
-    owner: object = data
-    while isinstance(owner, np.ndarray | memoryview):
-        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
-    if not isinstance(owner, mmap.mmap):
-        return
-    start = data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
-    first, last = -(-start // mmap.PAGESIZE), (start + data.nbytes) // mmap.PAGESIZE
-    if last > first:
-        owner.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
 
 def _refer(places: _Places, location: str) -> None:

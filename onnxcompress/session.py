@@ -17,11 +17,15 @@ from onnxcompress.errors import ModelError, OnnxCompressError, RuntimeUnavailabl
 from onnxcompress.graph import Graph, InputSpec
 from onnxcompress.io import PROTOBUF_LIMIT, serialize, write_files
 from onnxcompress.proto import from_proto
+from onnxcompress.shapes import graph_stats
 
 __all__ = ["BoundBuffers", "Feeds", "Optimization", "Session", "import_onnxruntime"]
 
 Feeds = Mapping[str, NDArray[Any]]
 Optimization = Literal["disabled", "basic", "extended", "all"]
+
+#: a graph with more bytes of weights goes to the runtime as files: in memory it would be held three times for a while
+MAPPED_FROM = 1 << 28
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -57,8 +61,8 @@ class Session:
     """An onnxruntime session on a graph, a proto, bytes or a file.
 
     Args:
-        model: what to run. A graph is serialised in memory, or above 2 GiB into a temporary folder; a file is read
-            by the runtime itself.
+        model: what to run. A graph is serialised in memory, or with more than 256 MiB of weights into a temporary
+            folder, from where the runtime maps them; a file is read by the runtime itself.
         optimization: the runtime's graph optimisation level. Compare models at ``disabled``, time them at ``all``.
         threads: intra-op threads; 0 lets the runtime choose.
         provider: ``cpu`` or ``cuda``.
@@ -273,7 +277,7 @@ def _serialised(model: Graph | onnx.ModelProto | bytes | str | os.PathLike[str])
             return model.SerializeToString()
         model = from_proto(model)
     if isinstance(model, gs.Graph):
-        serialised = serialize(model)
+        serialised = serialize(model) if graph_stats(model).weight_bytes <= MAPPED_FROM else None
         return model if serialised is None else serialised
     return os.fspath(Path(model))
 
