@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +28,7 @@ from onnxcompress.errors import AccuracyError, DataError, ModelError, OnnxCompre
 from onnxcompress.evaluate import Evaluator, LabelRanks, checked_metric, label_ranks, load_evaluator
 from onnxcompress.graph import Graph, input_specs, model_info
 from onnxcompress.inspect_model import PlannedNode, plan, total_macs
-from onnxcompress.io import SavedModel, load, model_bytes, save
+from onnxcompress.io import SavedModel, copy_linked, load, model_bytes, save
 from onnxcompress.islands import TimedIslands
 from onnxcompress.judging import (
     DEFAULT_DROP,
@@ -43,6 +43,7 @@ from onnxcompress.judging import (
     slower_error,
 )
 from onnxcompress.kept import write_kept
+from onnxcompress.probe import Probe, check_unchanged, probes
 from onnxcompress.quantization.placement import costly_conversions
 from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_decisions, with_exclusions
 from onnxcompress.runtimes import Trace
@@ -154,6 +155,7 @@ def compress(
     dry_run: bool = False,
     check: bool = True,
     trusted: bool = False,
+    hard_links: bool = False,
     progress: Progress | None = None,
 ) -> CompressResult:
     """Compress the model file ``model`` and write the result to ``output``.
@@ -190,12 +192,15 @@ def compress(
         force: write the result although it misses a budget.
         dry_run: check model, recipe and data, plan, and write nothing.
         check: raise where a budget is missed; False: tell it in ``failure``. Nothing is written in either case.
-        trusted: skip the limits on untrusted files.
+        trusted: open the model here at once, without trying it in a process of its own with limits on memory and time
+            first (:mod:`onnxcompress.probe`), which targets that run on a GPU do not do either; and as ``hard_links``.
+        hard_links: accept external data that has more than one name.
         progress: where progress is shown.
 
     Raises:
         UsageError: an option, the recipe or the data cannot be used.
-        ModelError: the model cannot be used.
+        ModelError: the model cannot be used, or crashes what reads it.
+        ResourceError: reading the model takes too much memory or time, or the disk is full.
         AccuracyError: the accuracy budget was missed.
         SlowerError: ``fail_if_slower_than`` was missed.
         RuntimeUnavailableError: onnxruntime is needed and not installed.
@@ -217,11 +222,16 @@ def compress(
         )
     inputs = {"the model": model, "the data": data, "the evaluation data": eval_data, "the recipe": recipe}
     output_path = checked_destination(output, {**inputs, "the evaluator": evaluate})
-    if verify or benchmark:
-        import_onnxruntime()
-    if isinstance(evaluate, str):
-        evaluate = load_evaluator(evaluate)
-    with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
+    links = hard_links or trusted
+    with ExitStack() as stack:
+        probed = not trusted and probes(target_name)
+        probe = stack.enter_context(Probe([model], hard_links=links)) if probed else None
+        if verify or benchmark:
+            import_onnxruntime()
+        if isinstance(evaluate, str):
+            evaluate = load_evaluator(evaluate)
+        digests = probe.wait() if probe is not None else {}
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxcompress-"))
         job = _Job(
             model=Path(model),
             output=output_path,
@@ -241,7 +251,10 @@ def compress(
             work_dir=Path(folder),
         )
         with job.timed("load"):
-            graph = load(model, trusted=trusted)
+            graph = load(model, trusted=links)
+            check_unchanged(model, digests, model_info(graph).source_sha256)
+            (job.work_dir / "model").mkdir()
+            job.runnable = copy_linked(model, job.work_dir / "model", trusted=links)
         checked_destination(output_path, {f"the model's {file.name}": file for file in model_info(graph).files})
         try:
             with job.timed("data"):
@@ -300,6 +313,8 @@ class _Job:
     force: bool
     progress: Progress
     work_dir: Path
+    #: ``model``, or a copy that the runtime opens
+    runnable: Path = field(default_factory=Path)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     #: what ran, once it has
@@ -513,7 +528,7 @@ class _Job:
         if self.trace and (failure is None or self.force) and self.eval_data is not None:
             with self.timed("trace"):
                 feeds = [self.eval_data.rebatch(1).first().feeds]
-                files = {"original": self.model, "result": staged.path}
+                files = {"original": self.runnable, "result": staged.path}
                 result = replace(result, traces={name: trace_model(path, feeds) for name, path in files.items()})
         return replace(result, failure=failure)
 
@@ -537,7 +552,7 @@ class _Job:
             raise OnnxCompressError("there is no evaluation data; this is a bug, please report it")
         if result.guarantee is Guarantee.APPROXIMATE:
             outputs = compare(
-                self.model,
+                self.runnable,
                 staged.path,
                 data,
                 optimization=("all", "all"),
@@ -546,7 +561,7 @@ class _Job:
             )
         else:
             outputs = check_equivalent(
-                self.model,
+                self.runnable,
                 staged.path,
                 data,
                 tolerance=EQUIVALENT_TOLERANCE,
@@ -565,7 +580,7 @@ class _Job:
             return (), 0.0
         scores: list[dict[str, float]] = []
         ranks: list[LabelRanks] = []
-        for path in (self.model, staged.path):
+        for path in (self.runnable, staged.path):
             found, ranked = self.scored(path, labelled)
             scores.append(found)
             ranks += ranked
@@ -652,7 +667,7 @@ class _Job:
         description = f"timing both models, about {self.benchmark_seconds:g} s"
         for path in self.progress.track((staged.path,), description, 1):
             result = benchmark(
-                self.model,
+                self.runnable,
                 path,
                 self.eval_data,
                 threads=1,

@@ -19,6 +19,7 @@ import mmap
 import os
 import posixpath
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from onnxcompress.wire import Bytes, Payload, Split, WireError, join, split
 
 __all__ = [
     "SavedModel",
+    "copy_linked",
     "file_sha256",
     "load",
     "model_bytes",
@@ -59,9 +61,20 @@ EXTERNAL_FROM = 1024
 # Large tensors start on a page, so that a runtime can map them one by one; the others on a cache line.
 _PAGE_FROM, _PAGE, _LINE = 1 << 20, 4096, 64
 
+#: bytes that are copied at a time
+_COPIED = 1 << 24
+
+_IS_LINK = {errno.ELOOP, errno.ENOTDIR, errno.EMLINK}
 _PROVENANCE = "onnxcompress."
-_READ = os.O_RDONLY | os.O_CLOEXEC
-_OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# Flags and calls that Windows lacks are left out there: links are then looked for by name.
+_READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_DIRECTORY = getattr(os, "O_DIRECTORY", 0)
+_OUT_OF_SPACE = {
+    *(errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    getattr(errno, "EDQUOT", errno.ENOSPC),  # Windows has no quota
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,47 @@ def model_files(path: str | os.PathLike[str]) -> list[Path]:
     return [path, *external.paths()]
 
 
+def copy_linked(path: str | os.PathLike[str], folder: str | os.PathLike[str], *, trusted: bool = False) -> Path:
+    """``path``, or a copy of the model in ``folder`` where its external data is a link, which ONNX Runtime refuses.
+
+    Args:
+        path: a model file.
+        folder: an existing, empty folder, which the copy lies in, external data where the model expects it.
+        trusted: accept external data with more than one name, as :func:`load` does.
+
+    Raises:
+        UsageError, UnsafeModelError, ModelError: as :func:`load`.
+        ResourceError: the disk is full.
+    """
+    path = Path(path)
+    with _open_model(path) as file:
+        parts = _split(path, file, skip=True)
+        if not _may_have_external_data(parts.skeleton):
+            return path
+        model = _parse(path, file, parts)
+        external = _ExternalData(path, trusted, hashed=False)
+        for tensor in _external_tensors(model):
+            external.map(external.location(tensor), tensor)
+        if not any(f.path.is_symlink() or f.path.stat().st_nlink > 1 for f in external.files.values()):
+            return path
+        copy = Path(folder) / path.name
+        try:
+            file.seek(0)
+            with copy.open("wb") as out:
+                shutil.copyfileobj(file, out)
+            for location, source in external.files.items():
+                target = copy.parent / location
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as out:
+                    for start in range(0, source.contents.nbytes, _COPIED):
+                        piece = source.contents[start : start + _COPIED]
+                        out.write(piece.data)
+                        release(piece)
+        except OSError as error:
+            raise _write_error(copy, error) from error
+    return copy
+
+
 def model_bytes(path: str | os.PathLike[str]) -> int:
     """Size on disk in bytes, external data included."""
     return sum(file.stat().st_size for file in model_files(path))
@@ -171,7 +225,7 @@ def _combined(digests: list[str]) -> str:
 def _open_model(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file; O_NONBLOCK keeps a pipe of that name from blocking for ever."""
     try:
-        descriptor = os.open(path, _READ | os.O_NONBLOCK)
+        descriptor = os.open(path, _READ | _NONBLOCK)
     except FileNotFoundError as error:
         kind = "is a broken link" if path.is_symlink() else "does not exist"
         raise UsageError(f"{path} {kind}; expected an ONNX model") from error
@@ -410,32 +464,45 @@ class _ExternalData:
 
     def _open_below(self, folder: Path, parts: list[str], where: str) -> tuple[int, Path]:
         """Open a file below ``folder`` without following a link, so that it cannot be swapped after a check."""
-        link = errno.ELOOP, errno.ENOTDIR, errno.EMLINK
-        parent = os.open(folder, _READ | os.O_DIRECTORY)
+        path = folder.joinpath(*parts)
+        if os.open not in os.supports_dir_fd:
+            return self._open_by_name(folder, parts, where), path
+        parent = os.open(folder, _READ | _DIRECTORY)
         try:
             for part in parts[:-1]:
                 try:
-                    inner = os.open(part, _READ | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+                    inner = os.open(part, _READ | _DIRECTORY | _NOFOLLOW, dir_fd=parent)
                 except OSError as error:
-                    if error.errno not in link:
+                    if error.errno not in _IS_LINK:
                         raise
                     raise UnsafeModelError(f"{where} passes through a link; expected folders, copy the data") from error
                 os.close(parent)
                 parent = inner
-            path = folder.joinpath(*parts)
             try:
-                return os.open(parts[-1], _READ | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent), path
+                return os.open(parts[-1], _READ | _NOFOLLOW | _NONBLOCK, dir_fd=parent), path
             except OSError as error:
-                if error.errno not in link:
+                if error.errno not in _IS_LINK:
                     raise
-                real = Path(os.path.realpath(path))
-                if self._blobs is None or real.parent != self._blobs:
-                    raise UnsafeModelError(
-                        f"{where} is a link that leaves the model's folder; expected a file, copy it there"
-                    ) from error
-                return os.open(real, _READ | os.O_NOFOLLOW | os.O_NONBLOCK), path
+                return os.open(self._blob(path, where), _READ | _NOFOLLOW | _NONBLOCK), path
         finally:
             os.close(parent)
+
+    def _open_by_name(self, folder: Path, parts: list[str], where: str) -> int:
+        """As :meth:`_open_below` where files cannot be opened relative to an open folder."""
+        path = folder
+        for part in parts[:-1]:
+            path /= part
+            if path.is_symlink() or (hasattr(path, "is_junction") and path.is_junction()):
+                raise UnsafeModelError(f"{where} passes through a link; expected folders, copy the data")
+        path /= parts[-1]
+        return os.open(self._blob(path, where) if path.is_symlink() else path, _READ | _NONBLOCK)
+
+    def _blob(self, path: Path, where: str) -> Path:
+        """What the link ``path`` leads to, which must lie beside the file that the model itself is a link to."""
+        real = Path(os.path.realpath(path))
+        if self._blobs is None or real.parent != self._blobs:
+            raise UnsafeModelError(f"{where} is a link that leaves the model's folder; expected a file, copy it there")
+        return real
 
     def _check_file(self, status: os.stat_result, where: str) -> None:
         if not stat.S_ISREG(status.st_mode):
@@ -664,7 +731,7 @@ class _Transaction:
     def create(self) -> BinaryIO:
         """A new file in the destination's folder, with the permissions of any new file."""
         path = self._destination.with_name(f".onnxcompress-{secrets.token_hex(8)}.tmp")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | (_READ & ~os.O_RDONLY)
         descriptor = os.open(path, flags, 0o666)
         self._temporary.append(path)
         return os.fdopen(descriptor, "wb")
@@ -693,7 +760,9 @@ class _Transaction:
             self._sync_folder()
 
     def _sync_folder(self) -> None:
-        descriptor = os.open(self._destination.parent, _READ | os.O_DIRECTORY)
+        if not _DIRECTORY:  # Windows has no such thing, and needs none for a rename to last
+            return
+        descriptor = os.open(self._destination.parent, _READ | _DIRECTORY)
         try:
             os.fsync(descriptor)
         finally:
