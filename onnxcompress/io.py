@@ -32,6 +32,7 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 
 from onnxcompress.errors import ModelError, OnnxCompressError, ResourceError, UnsafeModelError, UsageError
+from onnxcompress.expansion import MOST_NODES, expanded_nodes
 from onnxcompress.graph import Graph, model_info, release
 from onnxcompress.proto import Skeleton, checkable, dense_tensors, from_proto, storage_bytes, to_skeleton
 from onnxcompress.version import __version__
@@ -117,6 +118,7 @@ def load(path: str | os.PathLike[str], *, trusted: bool = False) -> Graph:
         external = _ExternalData(path, trusted, hashed=True)
         if _may_have_external_data(parts.skeleton):
             external.attach(model, parts)
+        _check_size(path, model)
         _check(path, model, parts.token)
         try:
             graph = from_proto(model, payloads=parts.payloads)
@@ -306,6 +308,18 @@ def _check_versions(path: Path, model: onnx.ModelProto) -> None:
             )
 
 
+def _check_size(path: Path, model: onnx.ModelProto) -> None:
+    try:
+        nodes = expanded_nodes(model)
+    except ModelError as error:
+        raise ModelError(f"{path} is no valid ONNX model: {error}") from error
+    if nodes > MOST_NODES:
+        raise ModelError(
+            f"{path} has {nodes} nodes once its functions are inlined; expected at most {MOST_NODES}, export it "
+            "without functions"
+        )
+
+
 def _check(path: Path, model: onnx.ModelProto, token: bytes) -> None:
     reason = _invalid(model, token)
     if reason is not None:
@@ -368,6 +382,8 @@ class _ExternalData:
             self._blobs = Path(os.path.realpath(path)).parent
             self._folders.append(self._blobs)
         self.files: dict[str, _ExternalFile] = {}
+        #: by file, where tensors start and end
+        self._ranges: dict[str, dict[tuple[int, int], str]] = {}
 
     def paths(self) -> list[Path]:
         """The files that were opened, sorted by location."""
@@ -391,6 +407,19 @@ class _ExternalData:
             data = self.read(tensor)
             _forget_location(tensor)
             tensor.raw_data = data.tobytes()
+        self._check_overlap()
+
+    def _check_overlap(self) -> None:
+        """Tensors may share a range, but not a part of one: no tool writes that, and a file of it unpacks to many."""
+        for location, ranges in self._ranges.items():
+            last_end, last_name = 0, ""
+            for (start, end), name in sorted(ranges.items()):
+                if start < last_end:
+                    raise ModelError(
+                        f"tensors {last_name!r} and {name!r} of {self._model} overlap in {location!r} from byte {start}"
+                        f" to {min(end, last_end)}; expected ranges that are apart or the same, the file is damaged"
+                    )
+                last_end, last_name = end, name
 
     def read(self, tensor: onnx.TensorProto) -> Bytes:
         """The raw bytes of an external tensor, checked against its type, its shape and the size of the file."""
@@ -413,6 +442,8 @@ class _ExternalData:
                 f"tensor {tensor.name!r} of {self._model} lies at {offset} to {offset + length} in {location!r}, which "
                 f"has {contents.nbytes} bytes; the file is cut off or damaged"
             )
+        if length:
+            self._ranges.setdefault(location, {}).setdefault((offset, offset + length), tensor.name)
         return contents[offset : offset + length]
 
     def location(self, tensor: onnx.TensorProto) -> str:
@@ -510,7 +541,7 @@ class _ExternalData:
         if status.st_nlink > 1 and not self._trusted:
             raise UnsafeModelError(
                 f"{where} has {status.st_nlink} names (hard links), so it may belong to something else; copy it, or "
-                "load with trusted=True"
+                "use --allow-hard-links (load with trusted=True)"
             )
 
     def _map(self, file: BinaryIO, path: Path) -> _ExternalFile:

@@ -277,8 +277,7 @@ def _limit(limits: Limits) -> None:
 
 
 def _tell(**facts: Any) -> None:
-    sys.stdout.write(json.dumps(facts) + "\n")
-    sys.stdout.flush()
+    os.write(sys.stdout.fileno(), json.dumps(facts).encode() + b"\n")
 
 
 def _open(path: str, hard_links: bool) -> str:
@@ -314,8 +313,8 @@ def _run(path: str, graph: Any) -> None:
     from onnxcompress.session import Session
 
     try:
+        Session(path, optimization="all", threads=1)  # one after the other: a large model is not held twice
         session = Session(path, optimization="disabled", threads=1)
-        session = Session(path, optimization="all", threads=1)
     except ModelError as error:
         _refuse_exhaustion(error)
         return

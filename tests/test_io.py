@@ -444,12 +444,22 @@ def test_a_giant_shape(external_path: Path) -> None:
         load(external_path)
 
 
-def test_tensors_may_share_and_omit_ranges(external_path: Path) -> None:
+def test_tensors_may_share_a_range_and_omit_its_length(external_path: Path) -> None:
     change_entry(external_path, "length", None)
-    change_entry(external_path, "offset", onnx_offset(external_path, "w"), name="b")
+    model = onnx.load(external_path, load_external_data=False)
+    twin = model.graph.initializer.add()
+    twin.CopyFrom(next(t for t in model.graph.initializer if t.name == "w"))
+    twin.name = "twin"
+    external_path.write_bytes(model.SerializeToString())
     graph = load(external_path)
-    first = graph.nodes[3].inputs[1].values
-    np.testing.assert_array_equal(first, weights(3, ROWS, ROWS).ravel()[:1])
+    (unread,) = model_info(graph).unread
+    np.testing.assert_array_equal(unread.values, weights(3, ROWS, ROWS))
+
+
+def test_tensors_may_not_share_a_part_of_a_range(external_path: Path) -> None:
+    change_entry(external_path, "offset", onnx_offset(external_path, "w"), name="b")
+    with pytest.raises(ModelError, match=r"'w' and 'b' .* overlap|'b' and 'w' .* overlap"):
+        load(external_path)
 
 
 def test_external_strings_are_refused(external_path: Path) -> None:
