@@ -469,7 +469,8 @@ class _ExternalData:
         """The file at ``location``, mapped; each file once."""
         where = f"external data {location!r} of tensor {tensor.name!r} in {self._model}"
         normal = posixpath.normpath(location)
-        if normal.startswith("/") or normal.split("/")[0] == ".." or "\0" in normal or normal[1:2] == ":":
+        foreign = os.sep != "/" and os.sep in normal  # Windows would take it for a path, too
+        if foreign or normal.startswith("/") or normal.split("/")[0] == ".." or "\0" in normal or normal[1:2] == ":":
             raise UnsafeModelError(f"{where} leaves the model's folder; expected a relative path below it")
         known = self.files.get(normal)
         if known is None:

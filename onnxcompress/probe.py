@@ -35,7 +35,10 @@ SECONDS_VARIABLE, MEMORY_VARIABLE = "ONNXCOMPRESS_PROBE_SECONDS", "ONNXCOMPRESS_
 _SECONDS, _SECONDS_PER_GB = 120.0, 120.0
 _MEMORY, _MEMORY_PER_BYTE = 4 << 30, 4
 #: what allocators say when there is no more
-_OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory", "length_error", "Cannot allocate memory")
+_OUT_OF_MEMORY = (
+    *("bad_alloc", "bad allocation", "length_error", "MemoryError"),
+    *("Failed to allocate memory", "Cannot allocate memory", "Memory allocation"),
+)
 #: the newest opset that a pass raises a model to
 _CONVERTED_TO = 13
 _STAGES = {
@@ -209,6 +212,11 @@ class Probe:
             return ResourceError(
                 f"{doing} takes more than {self._limits.memory / 1e9:.1f} GB of memory; set {MEMORY_VARIABLE} to allow "
                 "more bytes, or use --trusted for files that you trust"
+            )
+        if "Traceback (most recent call last)" in said or "No module named" in said:
+            return errors.OnnxCompressError(
+                f"{doing} failed in the process that checks models: {said.strip().splitlines()[-1][:300]}; this is a "
+                "bug in onnxcompress, please report it"
             )
         reason = f"with status {status}"
         if status < 0:
