@@ -65,6 +65,8 @@ _PAGE_FROM, _PAGE, _LINE = 1 << 20, 4096, 64
 #: bytes that are copied at a time
 _COPIED = 1 << 24
 
+#: onnxruntime takes external data at ``*/_ORT_MEM_ADDR_/*`` for a pointer, also where a file of that name exists
+_MEMORY_ADDRESS = "_ORT_MEM_ADDR_"
 _IS_LINK = {errno.ELOOP, errno.ENOTDIR, errno.EMLINK}
 _PROVENANCE = "onnxcompress."
 # Flags and calls that Windows lacks are left out there: links are then looked for by name.
@@ -469,6 +471,8 @@ class _ExternalData:
         """The file at ``location``, mapped; each file once."""
         where = f"external data {location!r} of tensor {tensor.name!r} in {self._model}"
         normal = posixpath.normpath(location)
+        if _MEMORY_ADDRESS in normal:
+            raise UnsafeModelError(f"{where} names an address in memory, which no file may; the file is not safe")
         foreign = os.sep != "/" and os.sep in normal  # Windows would take it for a path, too
         if foreign or normal.startswith("/") or normal.split("/")[0] == ".." or "\0" in normal or normal[1:2] == ":":
             raise UnsafeModelError(f"{where} leaves the model's folder; expected a relative path below it")

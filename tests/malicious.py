@@ -208,6 +208,14 @@ def memory_address(folder: Path) -> None:
 
 
 @malicious
+def memory_address_with_a_file(folder: Path) -> None:
+    """A file of that name exists, but the runtime does not look for one."""
+    (folder / "*" / "_ORT_MEM_ADDR_").mkdir(parents=True)
+    (folder / "*" / "_ORT_MEM_ADDR_" / "*").write_bytes(bytes(1 << 16))
+    write(folder, model(initializers=[reference(location="*/_ORT_MEM_ADDR_/*", offset="4096", length="16384")]))
+
+
+@malicious
 def nul_in_location(folder: Path) -> None:
     external(folder)
     write(folder, model(initializers=[reference(location="w.bin\0.txt")]))
