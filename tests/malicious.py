@@ -559,6 +559,26 @@ def bomb_that_depends_on_the_input(folder: Path) -> None:
     bomb(folder, nodes, int64s("s", 1 << 17, 1 << 17))
 
 
+@limited(**MEMORY)
+def giant_input(folder: Path) -> None:
+    """What a made-up sample of this shape would take."""
+    proto = model([helper.make_node("Relu", ["x"], ["y"])], [])
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[1].dim_value = 1 << 40
+    write(folder, proto)
+
+
+@limited(**MEMORY)
+def giant_symbolic_shape(folder: Path) -> None:
+    """Every dimension is small, their product is not."""
+    proto = model([helper.make_node("Relu", ["x"], ["y"])], [])
+    for value in (*proto.graph.input, *proto.graph.output):
+        del value.type.tensor_type.shape.dim[:]
+        for _ in range(6):
+            value.type.tensor_type.shape.dim.add(dim_value=1000)
+    write(folder, proto)
+
+
 @limited(ONNXCOMPRESS_PROBE_SECONDS="4")
 def endless_loop(folder: Path) -> None:
     body = helper.make_graph(
