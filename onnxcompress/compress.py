@@ -43,7 +43,7 @@ from onnxcompress.judging import (
     slower_error,
 )
 from onnxcompress.kept import write_kept
-from onnxcompress.probe import Probe, check_unchanged, probes
+from onnxcompress.probe import Probe, check_unchanged, limits_note, probes
 from onnxcompress.quantization.placement import costly_conversions
 from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_decisions, with_exclusions
 from onnxcompress.runtimes import Trace
@@ -250,6 +250,8 @@ def compress(
             progress=progress if progress is not None else SilentProgress(),
             work_dir=Path(folder),
         )
+        if probe is not None and (note := limits_note()) is not None:
+            job.warn(note)
         with job.timed("load"):
             graph = load(model, trusted=links)
             check_unchanged(model, digests, model_info(graph).source_sha256)

@@ -27,7 +27,7 @@ from typing import Any
 from onnxcompress import errors
 from onnxcompress.errors import ModelError, ResourceError, UsageError
 
-__all__ = ["Limits", "Probe", "check_unchanged", "limits_for", "probe_models", "probes"]
+__all__ = ["Limits", "Probe", "check_unchanged", "limits_for", "limits_note", "probe_models", "probes"]
 
 #: what may be set from outside, in seconds and in bytes
 SECONDS_VARIABLE, MEMORY_VARIABLE = "ONNXCOMPRESS_PROBE_SECONDS", "ONNXCOMPRESS_PROBE_MEMORY"
@@ -101,6 +101,15 @@ def _physical_memory() -> int | None:
 def probes(target: str) -> bool:
     """False for targets that run on a GPU: a context there takes seconds to create, and one device has room for few."""
     return target != "cuda"
+
+
+def limits_note() -> str | None:
+    """What a report must say where this system cannot limit the memory of the child process; None where it can."""
+    try:
+        import resource  # noqa: F401
+    except ImportError:
+        return "this system cannot limit memory: a model that asks for too much is stopped by nothing but time"
+    return None
 
 
 def check_unchanged(path: str | os.PathLike[str], probed: Mapping[str, str], sha256: str | None) -> None:

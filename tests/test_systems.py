@@ -69,7 +69,7 @@ def test_compressing(elsewhere: Callable[..., subprocess.CompletedProcess[str]],
     words = ["compress", str(path), "-o", str(out), "--recipe", "lossless", "--benchmark-seconds", "0.5", "--json"]
     done = elsewhere("-m", "onnxcompress", *words)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["output"]
+    assert any("cannot limit memory" in warning for warning in json.loads(done.stdout)["warnings"])
     assert {p.name for p in tmp_path.iterdir()} == {"hook", "m", "out.onnx", *(p.name for p in tmp_path.glob("*.data"))}
     assert io.model_sha256(out)
 
@@ -81,7 +81,8 @@ def test_refusing(name: str, elsewhere: Callable[..., subprocess.CompletedProces
     MALICIOUS[name](folder)
     done = elsewhere("-m", "onnxcompress", "inspect", str(folder / "model.onnx"))
     assert done.returncode == 3, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    said = [line for line in done.stderr.splitlines() if "cannot limit memory" not in line]
+    assert len(said) == 1 and said[0].startswith("error: ")
 
 
 def test_paths_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def benchmark(
 
     check_pages(pages)
     on_gpu = any("cuda" in runtime for runtime in runtimes)
-    check_models(models, trusted=trusted, target="cuda" if on_gpu else "cpu", hard_links=hard_links)
+    check_models(terminal, models, trusted=trusted, target="cuda" if on_gpu else "cpu", hard_links=hard_links)
     if pages:
         options["trace"] = True if options["trace"] is None else options["trace"]
         options["cold_starts"] = 3 if options["cold_starts"] is None else options["cold_starts"]

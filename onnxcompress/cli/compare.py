@@ -50,7 +50,7 @@ def compare(
 
     Without --data the samples are random but fit the inputs; the same seed gives the same samples.
     """
-    check_models([a, b], trusted=trusted, hard_links=hard_links)
+    check_models(terminal, [a, b], trusted=trusted, hard_links=hard_links)
     from onnxcompress.report import SCHEMA, comparison_report, print_comparisons
     from onnxcompress.verify import compare as run
 

@@ -114,11 +114,16 @@ def one_process_writes(terminal: Terminal, options: dict[str, Any]) -> Iterator[
         yield False
 
 
-def check_models(models: Sequence[str], *, trusted: bool, target: str = "cpu", hard_links: bool = False) -> None:
+def check_models(
+    terminal: Terminal, models: Sequence[str], *, trusted: bool, target: str = "cpu", hard_links: bool = False
+) -> None:
     """Open models in a child process first, unless they are trusted."""
-    from onnxcompress.probe import probe_models, probes
+    from onnxcompress.probe import limits_note, probe_models, probes
 
     if not trusted and probes(target):
+        note = limits_note()
+        if note is not None:
+            terminal.warn([note])
         probe_models(models, hard_links=hard_links)
 
 

@@ -49,7 +49,7 @@ def inspect(
         raise UsageError("--sensitivity quantises the model and needs samples; give --data")
     if data is not None and not sensitivity:
         raise UsageError("--data is read by --sensitivity only; give both or neither")
-    check_models([model], trusted=trusted, target=target, hard_links=hard_links)
+    check_models(terminal, [model], trusted=trusted, target=target, hard_links=hard_links)
     from onnxcompress.inspect_model import inspect_model, inspect_sensitivity
     from onnxcompress.report import print_inspection, print_sensitivity
 
