@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from onnxcompress.errors import DataError
-from onnxcompress.graph import Graph, copy_graph, sort_nodes
+from onnxcompress.graph import Graph, copy_graph, release_weights, sort_nodes
 from onnxcompress.kept import Kept
 from onnxcompress.shapes import GraphStats, graph_stats
 
@@ -256,6 +256,8 @@ class Pass(BaseModel, ABC):
                     kept.setdefault(item.tensor, {})[item.axis] = item.kept
         sort_nodes(after)
         self.ensures(graph, after, context)
+        release_weights(after)
+        release_weights(graph)
         report = PassReport(
             name=self.name,
             options=self.model_dump(mode="json", exclude_defaults=True),

@@ -8,17 +8,18 @@ Saving is deterministic, and the two files' hashes are compared, so what was jud
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from onnxcompress.base import Context, Guarantee, PassReport, Progress, SilentProgress
+from onnxcompress.base import Context, Guarantee, PassReport, PassResult, Progress, SilentProgress
 from onnxcompress.benchmark import BenchmarkResult, benchmark, trace_model
 from onnxcompress.budget import BudgetedRun, run_within_budget
 from onnxcompress.data import Dataset, open_data, synthetic_data
@@ -27,7 +28,7 @@ from onnxcompress.errors import AccuracyError, DataError, ModelError, OnnxCompre
 from onnxcompress.evaluate import Evaluator, LabelRanks, checked_metric, label_ranks, load_evaluator
 from onnxcompress.graph import Graph, input_specs, model_info
 from onnxcompress.inspect_model import PlannedNode, plan, total_macs
-from onnxcompress.io import SavedModel, load, model_bytes, save
+from onnxcompress.io import SavedModel, copy_linked, load, model_bytes, save
 from onnxcompress.islands import TimedIslands
 from onnxcompress.judging import (
     DEFAULT_DROP,
@@ -42,6 +43,7 @@ from onnxcompress.judging import (
     slower_error,
 )
 from onnxcompress.kept import write_kept
+from onnxcompress.probe import Probe, check_unchanged, limits_note, probes
 from onnxcompress.quantization.placement import costly_conversions
 from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_decisions, with_exclusions
 from onnxcompress.runtimes import Trace
@@ -70,6 +72,8 @@ EQUIVALENT_TOLERANCE = 1e-5
 GOOD_AGREEMENT = 0.995
 #: share of ``data`` held out for verification where there is no ``eval_data``
 HELD_OUT = 0.1
+#: bytes of a result from which it is judged with its weights on disk
+REOPENED_FROM = 1 << 28
 #: threads that a session may have; many more than there are cores wait for each other for minutes
 MOST_THREADS = max(64, os.cpu_count() or 1)
 #: samples of synthetic data, where that is all there is
@@ -151,6 +155,7 @@ def compress(
     dry_run: bool = False,
     check: bool = True,
     trusted: bool = False,
+    hard_links: bool = False,
     progress: Progress | None = None,
 ) -> CompressResult:
     """Compress the model file ``model`` and write the result to ``output``.
@@ -187,12 +192,15 @@ def compress(
         force: write the result although it misses a budget.
         dry_run: check model, recipe and data, plan, and write nothing.
         check: raise where a budget is missed; False: tell it in ``failure``. Nothing is written in either case.
-        trusted: skip the limits on untrusted files.
+        trusted: open the model here at once, without trying it in a process of its own with limits on memory and time
+            first (:mod:`onnxcompress.probe`), which targets that run on a GPU do not do either; and as ``hard_links``.
+        hard_links: accept external data that has more than one name.
         progress: where progress is shown.
 
     Raises:
         UsageError: an option, the recipe or the data cannot be used.
-        ModelError: the model cannot be used.
+        ModelError: the model cannot be used, or crashes what reads it.
+        ResourceError: reading the model takes too much memory or time, or the disk is full.
         AccuracyError: the accuracy budget was missed.
         SlowerError: ``fail_if_slower_than`` was missed.
         RuntimeUnavailableError: onnxruntime is needed and not installed.
@@ -214,11 +222,16 @@ def compress(
         )
     inputs = {"the model": model, "the data": data, "the evaluation data": eval_data, "the recipe": recipe}
     output_path = checked_destination(output, {**inputs, "the evaluator": evaluate})
-    if verify or benchmark:
-        import_onnxruntime()
-    if isinstance(evaluate, str):
-        evaluate = load_evaluator(evaluate)
-    with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
+    links = hard_links or trusted
+    with ExitStack() as stack:
+        probed = not trusted and probes(target_name)
+        probe = stack.enter_context(Probe([model], hard_links=links)) if probed else None
+        if verify or benchmark:
+            import_onnxruntime()
+        if isinstance(evaluate, str):
+            evaluate = load_evaluator(evaluate)
+        digests = probe.wait() if probe is not None else {}
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxcompress-"))
         job = _Job(
             model=Path(model),
             output=output_path,
@@ -237,8 +250,13 @@ def compress(
             progress=progress if progress is not None else SilentProgress(),
             work_dir=Path(folder),
         )
+        if probe is not None and (note := limits_note()) is not None:
+            job.warn(note)
         with job.timed("load"):
-            graph = load(model, trusted=trusted)
+            graph = load(model, trusted=links)
+            check_unchanged(model, digests, model_info(graph).source_sha256)
+            (job.work_dir / "model").mkdir()
+            job.runnable = copy_linked(model, job.work_dir / "model", trusted=links)
         checked_destination(output_path, {f"the model's {file.name}": file for file in model_info(graph).files})
         try:
             with job.timed("data"):
@@ -297,6 +315,8 @@ class _Job:
     force: bool
     progress: Progress
     work_dir: Path
+    #: ``model``, or a copy that the runtime opens
+    runnable: Path = field(default_factory=Path)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     #: what ran, once it has
@@ -426,12 +446,15 @@ class _Job:
         for message in unmatched_exclusions(self.recipe, (graph, done.graph)):
             self.warn(message)
         recipe = with_decisions(self.budgeted.recipe, done.report)
-        provenance = {"recipe": recipe.to_yaml()}
-        if done.kept:
-            provenance["kept"] = write_kept(done.kept)
+        provenance: dict[str, str] | None
+        provenance = {"recipe": recipe.to_yaml()} | ({"kept": write_kept(done.kept)} if done.kept else {})
         with tempfile.TemporaryDirectory(prefix=".onnxcompress-", dir=self.output.parent) as folder:
             with self.timed("save"):
                 staged = save(done.graph, Path(folder) / self.output.name, provenance=provenance)
+                if staged.bytes > REOPENED_FROM and len(staged.files) > 1:
+                    done, provenance = self.reopened(done, staged), None  # which the staged file has already
+                    context.reference = None
+                    gc.collect()  # graphs are cycles
             audits = [child.details["audit"] for child in done.report.children if "audit" in child.details]
             result = replace(
                 result,
@@ -457,6 +480,13 @@ class _Job:
                     )
                 result = replace(result, saved=saved, failure=None)
         return replace(result, warnings=tuple(self.warnings))
+
+    def reopened(self, done: PassResult, staged: SavedModel) -> PassResult:
+        """``done`` with its weights in the staged files instead of in memory, which judging needs for the runtime."""
+        done = replace(done, graph=load(staged.path, trusted=True))
+        if self.budgeted is not None:
+            self.budgeted = replace(self.budgeted, result=done)
+        return done
 
     def sample_counts(self) -> dict[str, int]:
         """Samples by what they were for."""
@@ -486,6 +516,8 @@ class _Job:
                 timing = self.timing(staged)
             result = replace(result, benchmark=timing)
             limit = self.fail_if_slower_than
+            if timing.apart:
+                self.warn("the models are large, so they were timed one after the other to save memory, not in pairs")
             if timing.verdict == "SLOWER":
                 self.warn(f"the result is slower than the original: its speed is {interval(timing)}{self.slowed_by()}")
             if limit is not None:
@@ -498,7 +530,7 @@ class _Job:
         if self.trace and (failure is None or self.force) and self.eval_data is not None:
             with self.timed("trace"):
                 feeds = [self.eval_data.rebatch(1).first().feeds]
-                files = {"original": self.model, "result": staged.path}
+                files = {"original": self.runnable, "result": staged.path}
                 result = replace(result, traces={name: trace_model(path, feeds) for name, path in files.items()})
         return replace(result, failure=failure)
 
@@ -522,7 +554,7 @@ class _Job:
             raise OnnxCompressError("there is no evaluation data; this is a bug, please report it")
         if result.guarantee is Guarantee.APPROXIMATE:
             outputs = compare(
-                self.model,
+                self.runnable,
                 staged.path,
                 data,
                 optimization=("all", "all"),
@@ -531,7 +563,7 @@ class _Job:
             )
         else:
             outputs = check_equivalent(
-                self.model,
+                self.runnable,
                 staged.path,
                 data,
                 tolerance=EQUIVALENT_TOLERANCE,
@@ -550,18 +582,25 @@ class _Job:
             return (), 0.0
         scores: list[dict[str, float]] = []
         ranks: list[LabelRanks] = []
-        for path in (self.model, staged.path):
-            session = Session(path, optimization="all", threads=self.threads)
-            if self.evaluate is not None:
-                try:
-                    scores.append({"metric": checked_metric(self.evaluate(session.run), "evaluate")})
-                except ModelError as error:  # both models ran on the evaluation data before
-                    raise DataError(f"evaluate: {error}; check what it feeds to the model") from error
-            elif labelled is not None:
-                ranks.append(label_ranks(session.run, labelled, progress=self.progress))
-                scores.append(ranks[-1].metrics())
+        for path in (self.runnable, staged.path):
+            found, ranked = self.scored(path, labelled)
+            scores.append(found)
+            ranks += ranked
         metrics = tuple(Metric(name, value, scores[1][name]) for name, value in scores[0].items())
         return metrics, sampling_error(*ranks) if ranks else 0.0
+
+    def scored(self, path: Path, labelled: Dataset | None) -> tuple[dict[str, float], list[LabelRanks]]:
+        """The metrics of one model; its session is closed on return."""
+        session = Session(path, optimization="all", threads=self.threads)
+        if self.evaluate is not None:
+            try:
+                return {"metric": checked_metric(self.evaluate(session.run), "evaluate")}, []
+            except ModelError as error:  # both models ran on the evaluation data before
+                raise DataError(f"evaluate: {error}; check what it feeds to the model") from error
+        if labelled is None:
+            return {}, []
+        ranks = label_ranks(session.run, labelled, progress=self.progress)
+        return ranks.metrics(), [ranks]
 
     def budget(self, verification: Verification, metrics: Sequence[Metric], error: float) -> Budget | None:
         """What the result is held against, see ``max_drop`` of :func:`compress`; None where there is nothing to hold.
@@ -630,7 +669,7 @@ class _Job:
         description = f"timing both models, about {self.benchmark_seconds:g} s"
         for path in self.progress.track((staged.path,), description, 1):
             result = benchmark(
-                self.model,
+                self.runnable,
                 path,
                 self.eval_data,
                 threads=1,

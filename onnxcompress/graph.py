@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -47,6 +48,8 @@ __all__ = [
     "nested_graphs",
     "normal_domain",
     "redirect",
+    "release",
+    "release_weights",
     "remove_node",
     "remove_nodes",
     "replace_contents",
@@ -302,6 +305,34 @@ def _frozen(array: NDArray[Any]) -> NDArray[Any]:
         array = array.view()
         array.flags.writeable = False
     return array
+
+
+def release(array: NDArray[Any]) -> None:
+    """Let the system take back the pages of a memory map that were read; they come back from the file when needed."""
+    owner: object = array
+    while isinstance(owner, np.ndarray | memoryview):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    if not isinstance(owner, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):  # Windows has none
+        return
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        return
+    start = array.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+    first, last = -(-start // mmap.PAGESIZE), (start + array.nbytes) // mmap.PAGESIZE
+    if last > first:
+        owner.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+
+
+def release_weights(graph: Graph) -> None:
+    """:func:`release` all constants of ``graph`` that lie in files: what a pass has read need not stay in memory."""
+    seen: set[int] = set()
+    for node in walk_nodes(graph):
+        for tensor in (*node.inputs, *node.attrs.values()):
+            if not isinstance(tensor, gs.Constant) or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            values = tensor._values.payload if isinstance(tensor._values, StoredValues) else tensor._values
+            if isinstance(values, np.ndarray):
+                release(values)
 
 
 def set_constant(node: gs.Node, index: int, name: str, value: NDArray[Any]) -> gs.Constant:

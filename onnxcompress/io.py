@@ -19,6 +19,7 @@ import mmap
 import os
 import posixpath
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,13 +32,15 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 
 from onnxcompress.errors import ModelError, OnnxCompressError, ResourceError, UnsafeModelError, UsageError
-from onnxcompress.graph import Graph, model_info
+from onnxcompress.expansion import MOST_NODES, expanded_nodes
+from onnxcompress.graph import Graph, model_info, release
 from onnxcompress.proto import Skeleton, checkable, dense_tensors, from_proto, storage_bytes, to_skeleton
 from onnxcompress.version import __version__
 from onnxcompress.wire import Bytes, Payload, Split, WireError, join, split
 
 __all__ = [
     "SavedModel",
+    "copy_linked",
     "file_sha256",
     "load",
     "model_bytes",
@@ -59,9 +62,22 @@ EXTERNAL_FROM = 1024
 # Large tensors start on a page, so that a runtime can map them one by one; the others on a cache line.
 _PAGE_FROM, _PAGE, _LINE = 1 << 20, 4096, 64
 
+#: bytes that are copied at a time
+_COPIED = 1 << 24
+
+#: onnxruntime takes external data at ``*/_ORT_MEM_ADDR_/*`` for a pointer, also where a file of that name exists
+_MEMORY_ADDRESS = "_ORT_MEM_ADDR_"
+_IS_LINK = {errno.ELOOP, errno.ENOTDIR, errno.EMLINK}
 _PROVENANCE = "onnxcompress."
-_READ = os.O_RDONLY | os.O_CLOEXEC
-_OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# Flags and calls that Windows lacks are left out there: links are then looked for by name.
+_READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_DIRECTORY = getattr(os, "O_DIRECTORY", 0)
+_OUT_OF_SPACE = {
+    *(errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    getattr(errno, "EDQUOT", errno.ENOSPC),  # Windows has no quota
+}
 
 
 @dataclass(frozen=True)
@@ -104,6 +120,7 @@ def load(path: str | os.PathLike[str], *, trusted: bool = False) -> Graph:
         external = _ExternalData(path, trusted, hashed=True)
         if _may_have_external_data(parts.skeleton):
             external.attach(model, parts)
+        _check_size(path, model)
         _check(path, model, parts.token)
         try:
             graph = from_proto(model, payloads=parts.payloads)
@@ -136,6 +153,47 @@ def model_files(path: str | os.PathLike[str]) -> list[Path]:
         for tensor in _external_tensors(model):
             external.map(external.location(tensor), tensor)
     return [path, *external.paths()]
+
+
+def copy_linked(path: str | os.PathLike[str], folder: str | os.PathLike[str], *, trusted: bool = False) -> Path:
+    """``path``, or a copy of the model in ``folder`` where its external data is a link, which ONNX Runtime refuses.
+
+    Args:
+        path: a model file.
+        folder: an existing, empty folder, which the copy lies in, external data where the model expects it.
+        trusted: accept external data with more than one name, as :func:`load` does.
+
+    Raises:
+        UsageError, UnsafeModelError, ModelError: as :func:`load`.
+        ResourceError: the disk is full.
+    """
+    path = Path(path)
+    with _open_model(path) as file:
+        parts = _split(path, file, skip=True)
+        if not _may_have_external_data(parts.skeleton):
+            return path
+        model = _parse(path, file, parts)
+        external = _ExternalData(path, trusted, hashed=False)
+        for tensor in _external_tensors(model):
+            external.map(external.location(tensor), tensor)
+        if not any(f.path.is_symlink() or f.path.stat().st_nlink > 1 for f in external.files.values()):
+            return path
+        copy = Path(folder) / path.name
+        try:
+            file.seek(0)
+            with copy.open("wb") as out:
+                shutil.copyfileobj(file, out)
+            for location, source in external.files.items():
+                target = copy.parent / location
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as out:
+                    for start in range(0, source.contents.nbytes, _COPIED):
+                        piece = source.contents[start : start + _COPIED]
+                        out.write(piece.data)
+                        release(piece)
+        except OSError as error:
+            raise _write_error(copy, error) from error
+    return copy
 
 
 def model_bytes(path: str | os.PathLike[str]) -> int:
@@ -171,7 +229,7 @@ def _combined(digests: list[str]) -> str:
 def _open_model(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file; O_NONBLOCK keeps a pipe of that name from blocking for ever."""
     try:
-        descriptor = os.open(path, _READ | os.O_NONBLOCK)
+        descriptor = os.open(path, _READ | _NONBLOCK)
     except FileNotFoundError as error:
         kind = "is a broken link" if path.is_symlink() else "does not exist"
         raise UsageError(f"{path} {kind}; expected an ONNX model") from error
@@ -252,6 +310,18 @@ def _check_versions(path: Path, model: onnx.ModelProto) -> None:
             )
 
 
+def _check_size(path: Path, model: onnx.ModelProto) -> None:
+    try:
+        nodes = expanded_nodes(model)
+    except ModelError as error:
+        raise ModelError(f"{path} is no valid ONNX model: {error}") from error
+    if nodes > MOST_NODES:
+        raise ModelError(
+            f"{path} has {nodes} nodes once its functions are inlined; expected at most {MOST_NODES}, export it "
+            "without functions"
+        )
+
+
 def _check(path: Path, model: onnx.ModelProto, token: bytes) -> None:
     reason = _invalid(model, token)
     if reason is not None:
@@ -314,6 +384,8 @@ class _ExternalData:
             self._blobs = Path(os.path.realpath(path)).parent
             self._folders.append(self._blobs)
         self.files: dict[str, _ExternalFile] = {}
+        #: by file, where tensors start and end
+        self._ranges: dict[str, dict[tuple[int, int], str]] = {}
 
     def paths(self) -> list[Path]:
         """The files that were opened, sorted by location."""
@@ -337,6 +409,19 @@ class _ExternalData:
             data = self.read(tensor)
             _forget_location(tensor)
             tensor.raw_data = data.tobytes()
+        self._check_overlap()
+
+    def _check_overlap(self) -> None:
+        """Tensors may share a range, but not a part of one: no tool writes that, and a file of it unpacks to many."""
+        for location, ranges in self._ranges.items():
+            last_end, last_name = 0, ""
+            for (start, end), name in sorted(ranges.items()):
+                if start < last_end:
+                    raise ModelError(
+                        f"tensors {last_name!r} and {name!r} of {self._model} overlap in {location!r} from byte {start}"
+                        f" to {min(end, last_end)}; expected ranges that are apart or the same, the file is damaged"
+                    )
+                last_end, last_name = end, name
 
     def read(self, tensor: onnx.TensorProto) -> Bytes:
         """The raw bytes of an external tensor, checked against its type, its shape and the size of the file."""
@@ -359,6 +444,8 @@ class _ExternalData:
                 f"tensor {tensor.name!r} of {self._model} lies at {offset} to {offset + length} in {location!r}, which "
                 f"has {contents.nbytes} bytes; the file is cut off or damaged"
             )
+        if length:
+            self._ranges.setdefault(location, {}).setdefault((offset, offset + length), tensor.name)
         return contents[offset : offset + length]
 
     def location(self, tensor: onnx.TensorProto) -> str:
@@ -384,7 +471,10 @@ class _ExternalData:
         """The file at ``location``, mapped; each file once."""
         where = f"external data {location!r} of tensor {tensor.name!r} in {self._model}"
         normal = posixpath.normpath(location)
-        if normal.startswith("/") or normal.split("/")[0] == ".." or "\0" in normal or normal[1:2] == ":":
+        if _MEMORY_ADDRESS in normal:
+            raise UnsafeModelError(f"{where} names an address in memory, which no file may; the file is not safe")
+        foreign = os.sep != "/" and os.sep in normal  # Windows would take it for a path, too
+        if foreign or normal.startswith("/") or normal.split("/")[0] == ".." or "\0" in normal or normal[1:2] == ":":
             raise UnsafeModelError(f"{where} leaves the model's folder; expected a relative path below it")
         known = self.files.get(normal)
         if known is None:
@@ -410,32 +500,45 @@ class _ExternalData:
 
     def _open_below(self, folder: Path, parts: list[str], where: str) -> tuple[int, Path]:
         """Open a file below ``folder`` without following a link, so that it cannot be swapped after a check."""
-        link = errno.ELOOP, errno.ENOTDIR, errno.EMLINK
-        parent = os.open(folder, _READ | os.O_DIRECTORY)
+        path = folder.joinpath(*parts)
+        if os.open not in os.supports_dir_fd:
+            return self._open_by_name(folder, parts, where), path
+        parent = os.open(folder, _READ | _DIRECTORY)
         try:
             for part in parts[:-1]:
                 try:
-                    inner = os.open(part, _READ | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+                    inner = os.open(part, _READ | _DIRECTORY | _NOFOLLOW, dir_fd=parent)
                 except OSError as error:
-                    if error.errno not in link:
+                    if error.errno not in _IS_LINK:
                         raise
                     raise UnsafeModelError(f"{where} passes through a link; expected folders, copy the data") from error
                 os.close(parent)
                 parent = inner
-            path = folder.joinpath(*parts)
             try:
-                return os.open(parts[-1], _READ | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent), path
+                return os.open(parts[-1], _READ | _NOFOLLOW | _NONBLOCK, dir_fd=parent), path
             except OSError as error:
-                if error.errno not in link:
+                if error.errno not in _IS_LINK:
                     raise
-                real = Path(os.path.realpath(path))
-                if self._blobs is None or real.parent != self._blobs:
-                    raise UnsafeModelError(
-                        f"{where} is a link that leaves the model's folder; expected a file, copy it there"
-                    ) from error
-                return os.open(real, _READ | os.O_NOFOLLOW | os.O_NONBLOCK), path
+                return os.open(self._blob(path, where), _READ | _NOFOLLOW | _NONBLOCK), path
         finally:
             os.close(parent)
+
+    def _open_by_name(self, folder: Path, parts: list[str], where: str) -> int:
+        """As :meth:`_open_below` where files cannot be opened relative to an open folder."""
+        path = folder
+        for part in parts[:-1]:
+            path /= part
+            if path.is_symlink() or (hasattr(path, "is_junction") and path.is_junction()):
+                raise UnsafeModelError(f"{where} passes through a link; expected folders, copy the data")
+        path /= parts[-1]
+        return os.open(self._blob(path, where) if path.is_symlink() else path, _READ | _NONBLOCK)
+
+    def _blob(self, path: Path, where: str) -> Path:
+        """What the link ``path`` leads to, which must lie beside the file that the model itself is a link to."""
+        real = Path(os.path.realpath(path))
+        if self._blobs is None or real.parent != self._blobs:
+            raise UnsafeModelError(f"{where} is a link that leaves the model's folder; expected a file, copy it there")
+        return real
 
     def _check_file(self, status: os.stat_result, where: str) -> None:
         if not stat.S_ISREG(status.st_mode):
@@ -443,7 +546,7 @@ class _ExternalData:
         if status.st_nlink > 1 and not self._trusted:
             raise UnsafeModelError(
                 f"{where} has {status.st_nlink} names (hard links), so it may belong to something else; copy it, or "
-                "load with trusted=True"
+                "use --allow-hard-links (load with trusted=True)"
             )
 
     def _map(self, file: BinaryIO, path: Path) -> _ExternalFile:
@@ -610,22 +713,9 @@ def _write_weights(file: BinaryIO, skeleton: Skeleton) -> tuple[_Places, int, st
         for piece in (padding, data.data):
             file.write(piece)
             digest.update(piece)
-        _release(data)
+        release(data)
         position += len(padding) + payload.nbytes
     return places, position, digest.hexdigest()
-
-
-def _release(data: Bytes) -> None:
-    """Let the system take back the pages of a memory map that were read; they come back from the file when needed."""
-    owner: object = data
-    while isinstance(owner, np.ndarray | memoryview):
-        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
-    if not isinstance(owner, mmap.mmap):
-        return
-    start = data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
-    first, last = -(-start // mmap.PAGESIZE), (start + data.nbytes) // mmap.PAGESIZE
-    if last > first:
-        owner.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
 
 def _refer(places: _Places, location: str) -> None:
@@ -677,7 +767,7 @@ class _Transaction:
     def create(self) -> BinaryIO:
         """A new file in the destination's folder, with the permissions of any new file."""
         path = self._destination.with_name(f".onnxcompress-{secrets.token_hex(8)}.tmp")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | (_READ & ~os.O_RDONLY)
         descriptor = os.open(path, flags, 0o666)
         self._temporary.append(path)
         return os.fdopen(descriptor, "wb")
@@ -706,7 +796,9 @@ class _Transaction:
             self._sync_folder()
 
     def _sync_folder(self) -> None:
-        descriptor = os.open(self._destination.parent, _READ | os.O_DIRECTORY)
+        if not _DIRECTORY:  # Windows has no such thing, and needs none for a rename to last
+            return
+        descriptor = os.open(self._destination.parent, _READ | _DIRECTORY)
         try:
             os.fsync(descriptor)
         finally:

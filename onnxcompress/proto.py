@@ -133,7 +133,7 @@ def from_proto(model: onnx.ModelProto, *, payloads: Mapping[bytes, Bytes] | None
     importer = _Importer(payloads or {}, model.ir_version if model.HasField("ir_version") else None)
     graph = importer.graph(model.graph, None)
     info = model_info(graph)
-    info.metadata = {_checked(p.key): _checked(p.value) for p in model.metadata_props}
+    info.metadata = {_text_of(p.key): _text_of(p.value) for p in model.metadata_props}
     keepsake = onnx.ModelProto()
     for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         if model.HasField(name):
@@ -310,10 +310,18 @@ class _Importer:
         return constant
 
 
-def _checked(text: str | bytes) -> str:
+def _text_of(text: str | bytes) -> str:
     """protobuf hands out a string that is no UTF-8 as bytes, which nothing downstream expects."""
     if isinstance(text, bytes):
         raise ModelError(f"the name or text {text[:40]!r} is no UTF-8; the file is damaged")
+    return text
+
+
+def _checked(name: str | bytes) -> str:
+    """A null character ends a string in C, so that native code may take two names for one."""
+    text = _text_of(name)
+    if "\0" in text:
+        raise ModelError(f"the name {text[:40]!r} holds a null character; the file is damaged")
     return text
 
 

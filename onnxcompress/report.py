@@ -266,7 +266,7 @@ def _write(path: str | os.PathLike[str], content: bytes) -> None:
         Path(temporary).replace(target)
         temporary = None
     except OSError as error:
-        kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UsageError
+        kind = ResourceError if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)) else UsageError
         raise kind(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
         if temporary is not None:

@@ -15,13 +15,19 @@ from numpy.typing import NDArray
 
 from onnxcompress.errors import ModelError, OnnxCompressError, RuntimeUnavailableError, UsageError
 from onnxcompress.graph import Graph, InputSpec
-from onnxcompress.io import PROTOBUF_LIMIT, serialize, write_files
+from onnxcompress.io import PROTOBUF_LIMIT, copy_linked, serialize, write_files
 from onnxcompress.proto import from_proto
+from onnxcompress.shapes import graph_stats
 
-__all__ = ["BoundBuffers", "Feeds", "Optimization", "Session", "import_onnxruntime"]
+__all__ = ["CUSTOM_OPERATORS_VARIABLE", "BoundBuffers", "Feeds", "Optimization", "Session", "import_onnxruntime"]
 
 Feeds = Mapping[str, NDArray[Any]]
 Optimization = Literal["disabled", "basic", "extended", "all"]
+
+#: libraries of custom operators, separated as in PATH, that every session loads; child processes inherit it
+CUSTOM_OPERATORS_VARIABLE = "ONNXCOMPRESS_CUSTOM_OPS"
+#: a graph with more bytes of weights goes to the runtime as files: in memory it would be held three times for a while
+MAPPED_FROM = 1 << 28
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -57,8 +63,8 @@ class Session:
     """An onnxruntime session on a graph, a proto, bytes or a file.
 
     Args:
-        model: what to run. A graph is serialised in memory, or above 2 GiB into a temporary folder; a file is read
-            by the runtime itself.
+        model: what to run. A graph is serialised in memory, or with more than 256 MiB of weights into a temporary
+            folder, from where the runtime maps them; a file is read by the runtime itself.
         optimization: the runtime's graph optimisation level. Compare models at ``disabled``, time them at ``all``.
         threads: intra-op threads; 0 lets the runtime choose.
         provider: ``cpu`` or ``cuda``.
@@ -116,6 +122,7 @@ class Session:
             options.add_session_config_entry(key, value)
         if optimized_path is not None:
             options.optimized_model_filepath = os.fspath(optimized_path)
+        _register_custom_operators(options)
         source = _serialised(model)
         # enable_fallback is the Python package's own: without the provider's libraries it goes on with the CPU
         chosen: dict[str, Any] = {
@@ -128,6 +135,9 @@ class Session:
                 with tempfile.TemporaryDirectory(prefix="onnxcompress-", ignore_cleanup_errors=True) as folder:
                     path = os.fspath(write_files(source, folder))
                     self._session = ort.InferenceSession(path, options, **chosen)
+            elif isinstance(source, str) and Path(source).is_symlink():
+                with tempfile.TemporaryDirectory(prefix="onnxcompress-", ignore_cleanup_errors=True) as folder:
+                    self._session = ort.InferenceSession(os.fspath(copy_linked(source, folder)), options, **chosen)
             else:
                 self._session = ort.InferenceSession(source, options, **chosen)
         except OnnxCompressError:
@@ -273,9 +283,18 @@ def _serialised(model: Graph | onnx.ModelProto | bytes | str | os.PathLike[str])
             return model.SerializeToString()
         model = from_proto(model)
     if isinstance(model, gs.Graph):
-        serialised = serialize(model)
+        serialised = serialize(model) if graph_stats(model).weight_bytes <= MAPPED_FROM else None
         return model if serialised is None else serialised
     return os.fspath(Path(model))
+
+
+def _register_custom_operators(options: Any) -> None:
+    """Load the libraries of custom operators that the environment names."""
+    for library in filter(None, os.environ.get(CUSTOM_OPERATORS_VARIABLE, "").split(os.pathsep)):
+        try:
+            options.register_custom_ops_library(library)
+        except Exception as error:  # onnxruntime's exceptions share no base below Exception
+            raise UsageError(f"cannot load the library of custom operators {library}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

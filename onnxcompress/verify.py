@@ -14,18 +14,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxcompress.base import Progress, SilentProgress
 from onnxcompress.data import Batch, Dataset
 from onnxcompress.errors import DataError, ModelError, OnnxCompressError, UsageError
 from onnxcompress.graph import Graph
+from onnxcompress.io import model_bytes
+from onnxcompress.recorded import NotRecordableError, Recorded
 from onnxcompress.session import Optimization, Session
+from onnxcompress.shapes import graph_stats
 
 __all__ = ["LEAST_SQNR", "OutputComparison", "Run", "agreement", "check_equivalent", "compare"]
 
@@ -35,6 +40,8 @@ Model = Graph | str | os.PathLike[str] | Run
 
 #: SQNR in dB below which a result computes something else, whatever the task: its error is a third of the signal
 LEAST_SQNR = 10.0
+#: models with more bytes of weights between them are run one after the other
+TOGETHER_BYTES = 1 << 30
 #: elements that are converted to float64 at a time
 _CHUNK = 1 << 20
 
@@ -86,15 +93,10 @@ def compare(
         DataError: there is no data.
         RuntimeUnavailableError: onnxruntime is not installed and a model is not a callable.
     """
-    run_reference = _runner(reference, optimization[0], threads)
-    run_candidate = _runner(candidate, optimization[1], threads)
-    _check_inputs(run_reference, run_candidate)
     progress = progress if progress is not None else SilentProgress()
     accumulators: dict[str, _Accumulator] | None = None
     pairs: dict[str, str] = {}
-    total = len(data) if isinstance(data, Dataset) else None
-    for batch in progress.track(data, "comparing outputs", total):
-        expected, actual = run_reference(batch.feeds), run_candidate(batch.feeds)
+    for expected, actual in _outputs(reference, candidate, data, optimization, threads, progress):
         if accumulators is None:
             pairs = _pairs(list(expected), list(actual))
             accumulators = {name: _Accumulator(name) for name in pairs}
@@ -153,15 +155,69 @@ def _error(result: OutputComparison) -> float:
     return math.inf if math.isnan(result.relative_l2) else result.relative_l2
 
 
-def _check_inputs(reference: Run, candidate: Run) -> None:
+def _outputs(
+    reference: Model,
+    candidate: Model,
+    data: Dataset | Iterable[Batch],
+    optimization: tuple[Optimization, Optimization],
+    threads: int,
+    progress: Progress,
+) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Outputs of both models, a batch at a time."""
+    if isinstance(data, Dataset) and _bytes(reference) + _bytes(candidate) > TOGETHER_BYTES:
+        with suppress(NotRecordableError):
+            yield from _one_at_a_time(reference, candidate, data, optimization, threads, progress)
+            return
+    run_reference = _runner(reference, optimization[0], threads)
+    run_candidate = _runner(candidate, optimization[1], threads)
+    _check_inputs(_inputs(run_reference), run_candidate)
+    total = len(data) if isinstance(data, Dataset) else None
+    for batch in progress.track(data, "comparing outputs", total):
+        yield run_reference(batch.feeds), run_candidate(batch.feeds)
+
+
+def _one_at_a_time(
+    reference: Model,
+    candidate: Model,
+    data: Dataset,
+    optimization: tuple[Optimization, Optimization],
+    threads: int,
+    progress: Progress,
+) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """As :func:`_outputs`, with the reference's outputs on disk: only one of two large models is open."""
+    run = _runner(reference, optimization[0], threads)
+    inputs = _inputs(run)
+    with Recorded(run, progress.track(data, "running the reference", len(data))) as recorded:
+        del run
+        run = _runner(candidate, optimization[1], threads)
+        _check_inputs(inputs, run)
+        batches = progress.track(data, "comparing outputs", len(data))
+        for batch, expected in zip(batches, recorded, strict=True):
+            yield expected, run(batch.feeds)
+
+
+def _bytes(model: Model) -> int:
+    """What a model's weights take, about; 0 for a callable, which is open already."""
+    if isinstance(model, str | os.PathLike):
+        return model_bytes(model)
+    return graph_stats(model).weight_bytes if isinstance(model, gs.Graph) else 0
+
+
+def _inputs(run: Run) -> tuple[list[str], list[str]] | None:
+    """Required and optional inputs of a session; None for any other callable."""
+    return (run.input_names, run.optional_names) if isinstance(run, Session) else None
+
+
+def _check_inputs(reference: tuple[list[str], list[str]] | None, candidate: Run) -> None:
     """Two sessions must be able to run on the same data; a candidate may have lost inputs that nothing reads."""
-    if not (isinstance(reference, Session) and isinstance(candidate, Session)):
+    if reference is None or not isinstance(candidate, Session):
         return
-    missing = [n for n in candidate.input_names if n not in (*reference.input_names, *reference.optional_names)]
+    required, optional = reference
+    missing = [n for n in candidate.input_names if n not in (*required, *optional)]
     if missing:
         raise UsageError(
             f"the models have different inputs: the second takes {', '.join(map(repr, missing))}, the first "
-            f"{', '.join(map(repr, reference.input_names))}; give two models that take the same data"
+            f"{', '.join(map(repr, required))}; give two models that take the same data"
         )
 
 

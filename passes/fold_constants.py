@@ -39,6 +39,7 @@ from onnxcompress.graph import (
     first_output,
     graph_output_ids,
     normal_domain,
+    release,
     remove_nodes,
     set_constant,
     sort_nodes,
@@ -168,6 +169,9 @@ class _Folder:
             self.refused[id(node)] = Refusal(_label(node), str(reason))
             return
         yield self._replace(node, results, part, "all inputs are constant")
+        for value in values:
+            if value is not None:
+                release(value)
 
     def _only_here(self, tensor: gs.Tensor) -> bool:
         return len(tensor.outputs) == 1 and id(tensor) not in self.leaving

@@ -46,6 +46,7 @@ from onnxcompress.graph import (
     constant_value,
     copy_graph,
     normal_domain,
+    release,
     remove_node,
     sort_nodes,
 )
@@ -208,9 +209,9 @@ class QuantizeDynamic(Pass):
             return f"its weight is {weight.dtype}, not float32"
         if weight.size < self.minimum_weights:
             return f"{weight.size} weights are too few to save time"
-        if not weight.size or not np.isfinite(weight).all():
-            return "its weight is empty or holds values that are not finite"
-        return None
+        finite = bool(weight.size) and np.isfinite(weight).all()
+        release(weight)
+        return None if finite else "its weight is empty or holds values that are not finite"
 
     def _grams(self, graph: Graph, nodes: Sequence[gs.Node], context: Context) -> dict[int, Floats]:
         """By ``id()`` of the weight, the Gram matrix of what it multiplies."""
@@ -364,6 +365,7 @@ class _Writer:
             gram = self.grams.get(id(tensor))
             if gram is not None:
                 integers = self._rounded(weight, params, integers, gram)
+            release(value)
             scale = (params.scale * np.float32(alpha)).astype(np.float32)
             self.weights[key] = (
                 gs.Constant(self.names.free(f"{tensor.name}_quantized"), np.ascontiguousarray(integers)),

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxcompress.base import Change, Context, Guarantee, Pass, Refusal
-from onnxcompress.graph import Graph, Names, attribute, constant_value, graph_output_ids, normal_domain
+from onnxcompress.graph import Graph, Names, attribute, constant_value, graph_output_ids, normal_domain, release
 from onnxcompress.quantization.affine import QParams, QuantScheme, quantize, weight_qparams
 
 __all__ = ["QuantizeEmbeddings"]
@@ -67,6 +67,7 @@ class QuantizeEmbeddings(Pass):
                     gs.Constant(names.free(f"{table.name}_quantized"), quantize(value, params)),
                     gs.Constant(names.free(f"{table.name}_scale"), scale.reshape(-1, 1)),
                 )
+                release(value)
             _rewrite(graph, node, *stored[id(table)], names)
             yield Change("quantised", node.name, f"table {table.name} {list(value.shape)} in int8")
 

@@ -6,6 +6,7 @@ import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxcompress.benchmark import BenchmarkResult, benchmark
+from onnxcompress.benchmark.runners import LocalRunner, Started
 from onnxcompress.demo import demo_calibration, demo_model_path
 from onnxcompress.environment import cpu_flags, cpu_quota, describe_environment, has_int8_dot_product
 from onnxcompress.errors import DataError, ModelError, UsageError
@@ -204,3 +206,29 @@ def test_cpu_quota_of_both_kinds_of_control_group(tmp_path: Path) -> None:
     assert cpu_quota(tmp_path) is None
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     assert cpu_quota(tmp_path) == 1.5
+
+
+def test_large_models_are_timed_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sessions are never open at once, and the answer is the same."""
+    monkeypatch.setattr(import_module("onnxcompress.benchmark.pairs"), "TOGETHER_BYTES", 0)
+    open_now: set[int] = set()
+    most: list[int] = []
+    real_open, real_close = LocalRunner.open, LocalRunner.close
+
+    def opening(self: LocalRunner) -> Started:
+        started = real_open(self)
+        open_now.add(id(self))
+        most.append(len(open_now))
+        return started
+
+    def closing(self: LocalRunner) -> None:
+        open_now.discard(id(self))
+        real_close(self)
+
+    monkeypatch.setattr(LocalRunner, "open", opening)
+    monkeypatch.setattr(LocalRunner, "close", closing)
+    result = benchmark(convolutions(2), convolutions(8), samples(), seconds=1.0, sessions=6)
+    assert result.apart
+    assert set(most) == {1}
+    assert result.verdict == "SLOWER"
+    assert result.low <= result.ratio <= result.high < 0.6

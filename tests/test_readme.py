@@ -69,3 +69,17 @@ def test_every_pass_is_in_the_table() -> None:
 
     told = re.findall(r"^\| `(\w+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(told) == sorted(PASSES)
+
+
+def test_what_is_promised_is_shown_by_tests_that_exist() -> None:
+    named = re.findall(r"`tests/(\w+)\.py::(\w+)`", README.read_text(encoding="utf-8"))
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}(" in (README.parent / "tests" / f"{file}.py").read_text(encoding="utf-8"), test
+
+
+def test_the_floors_are_those_of_the_package() -> None:
+    told = re.findall(r"^\| (\w+) \| ([\d.]+) \|", (README.parent / "SECURITY.md").read_text("utf-8"), re.MULTILINE)
+    setup = (README.parent / "setup.cfg").read_text(encoding="utf-8")
+    assert len(told) == 3
+    assert all(f"{name}>={floor}" in setup for name, floor in told)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxcompress.data import Batch, Dataset, open_data
-from onnxcompress.errors import DataError, ModelError, OnnxCompressError
+from onnxcompress.errors import DataError, ModelError, OnnxCompressError, UsageError
 from onnxcompress.graph import InputSpec
 from onnxcompress.proto import from_proto
 from onnxcompress.session import Session
@@ -315,3 +315,50 @@ def test_batches_make_no_difference(cuts: list[int], seed: int) -> None:
     assert parts.max_abs == whole.max_abs and parts.same_argmax == whole.same_argmax
     assert parts.relative_l2 == pytest.approx(whole.relative_l2, rel=1e-12)
     assert parts.sqnr_db == pytest.approx(whole.sqnr_db, rel=1e-12)
+
+
+# -- models that are not open at once --------------------------------------------------------------------------------
+
+
+def test_one_at_a_time_gives_the_same_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    for path, weight in zip(paths, weights(), strict=True):
+        onnx.save(linear(weight), path)
+    together = compare(paths[0], paths[1], samples())
+    monkeypatch.setattr("onnxcompress.verify.TOGETHER_BYTES", 0)
+    open_now: list[int] = []
+    most: list[int] = []
+
+    class Counted(Session):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            open_now.append(1)
+            most.append(sum(open_now))
+
+        def __del__(self) -> None:
+            open_now.append(-1)
+
+    monkeypatch.setattr("onnxcompress.verify.Session", Counted)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert compare(paths[0], paths[1], samples()) == together
+    assert most == [1, 1]
+    assert compare(from_proto(linear(weights()[0])), paths[1], samples()) == together
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_one_at_a_time_is_for_arrays_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are compared with both open: a reference that answers text, sequences, or what a file cannot hold."""
+    monkeypatch.setattr("onnxcompress.verify.TOGETHER_BYTES", -1)
+    for value in (np.array(["a", "b"], object), [np.zeros(2)], np.zeros(2, ml_dtypes.bfloat16)):
+        (output,) = compare(answering(y=value), answering(y=value), samples())
+        assert output.max_abs == 0 or output.equal_elements == 1
+
+
+def test_one_at_a_time_checks_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = linear(weights()[1])
+    other.graph.input[0].name = other.graph.node[0].input[0] = "z"
+    monkeypatch.setattr("onnxcompress.verify.TOGETHER_BYTES", 0)
+    onnx.save(linear(weights()[0]), tmp_path / "a.onnx")
+    onnx.save(other, tmp_path / "b.onnx")
+    with pytest.raises(UsageError, match="different inputs"):
+        compare(tmp_path / "a.onnx", tmp_path / "b.onnx", samples())

@@ -181,7 +181,7 @@ class WorkerRunner(Runner):
         try:
             path = source if not isinstance(source, bytes) else self._written(source)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "onnxcompress.benchmark.worker"],
+                [sys.executable, "-P", "-m", "onnxcompress.benchmark.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -8,8 +8,17 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from onnxcompress.cli.files import check_pages, check_written, numbered, open_samples, write_pages
-from onnxcompress.cli.options import FILE, MODEL, Number, Numbers, data_options, output_options, page_option
+from onnxcompress.cli.files import check_models, check_pages, check_written, numbered, open_samples, write_pages
+from onnxcompress.cli.options import (
+    FILE,
+    MODEL,
+    Number,
+    Numbers,
+    data_options,
+    output_options,
+    page_option,
+    trust_options,
+)
 from onnxcompress.cli.terminal import Terminal, pass_terminal
 
 __all__ = ["benchmark"]
@@ -104,6 +113,7 @@ class _BenchmarkCommand(click.Command):
     "--json-file", type=FILE, metavar="FILE.json", help="The same; `--json FILE.json` is short for it.", hidden=True
 )
 @click.option("--save-samples", type=FILE, metavar="FILE.npz", help="Write every time that was taken, in nanoseconds.")
+@trust_options
 @output_options
 @pass_terminal
 def benchmark(
@@ -122,6 +132,8 @@ def benchmark(
     data: str | None,
     preprocess: str | None,
     samples: int | None,
+    trusted: bool,
+    hard_links: bool,
     **options: Any,
 ) -> None:
     """Time MODELS on every runtime: pairs in random order, one thread unless --threads says otherwise.
@@ -137,12 +149,22 @@ def benchmark(
     from onnxcompress.report import matrix_report, print_matrix, to_json, write_samples, write_text
 
     check_pages(pages)
+    on_gpu = any("cuda" in runtime for runtime in runtimes)
+    check_models(terminal, models, trusted=trusted, target="cuda" if on_gpu else "cpu", hard_links=hard_links)
     if pages:
         options["trace"] = True if options["trace"] is None else options["trace"]
         options["cold_starts"] = 3 if options["cold_starts"] is None else options["cold_starts"]
     given = {name: value for name, value in options.items() if value is not None}
     with open_samples(
-        terminal, models[0], models[-1], data=data, preprocess=preprocess, batch=batch, samples=samples, seed=seed
+        terminal,
+        models[0],
+        models[-1],
+        hard_links=trusted or hard_links,
+        data=data,
+        preprocess=preprocess,
+        batch=batch,
+        samples=samples,
+        seed=seed,
     ) as dataset:
         result = benchmark_models(
             models,

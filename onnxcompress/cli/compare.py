@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from onnxcompress.cli.files import open_samples
-from onnxcompress.cli.options import MODEL, Number, data_options, output_options
+from onnxcompress.cli.files import check_models, open_samples
+from onnxcompress.cli.options import MODEL, Number, data_options, output_options, trust_options
 from onnxcompress.cli.terminal import Terminal, pass_terminal
 from onnxcompress.errors import AccuracyError
 
@@ -31,19 +31,30 @@ __all__ = ["compare"]
     show_default=True,
     help="The runtime's graph optimisation; 'all' is what is served.",
 )
+@trust_options
 @output_options
 @pass_terminal
 def compare(
-    terminal: Terminal, /, a: str, b: str, tolerance: float | None, optimization: Any, threads: int, **data: Any
+    terminal: Terminal,
+    /,
+    a: str,
+    b: str,
+    tolerance: float | None,
+    optimization: Any,
+    threads: int,
+    trusted: bool,
+    hard_links: bool,
+    **data: Any,
 ) -> None:
     """Run A (the reference) and B on the same samples and compare every output.
 
     Without --data the samples are random but fit the inputs; the same seed gives the same samples.
     """
+    check_models(terminal, [a, b], trusted=trusted, hard_links=hard_links)
     from onnxcompress.report import SCHEMA, comparison_report, print_comparisons
     from onnxcompress.verify import compare as run
 
-    with open_samples(terminal, a, b, **data) as samples:
+    with open_samples(terminal, a, b, hard_links=trusted or hard_links, **data) as samples:
         outputs = run(
             a, b, samples, optimization=(optimization, optimization), threads=threads, progress=terminal.progress
         )

@@ -17,6 +17,7 @@ from onnxcompress.cli.options import (
     output_options,
     page_option,
     parsed_preprocess,
+    trust_options,
 )
 from onnxcompress.cli.terminal import Terminal, pass_terminal
 
@@ -66,6 +67,7 @@ __all__ = ["compress"]
 @click.option("--save-recipe", metavar="FILE", type=FILE, help="Write the recipe with everything that was decided.")
 @click.option("--dry-run", is_flag=True, help="Check model, recipe and data, print the plan, write nothing.")
 @page_option
+@trust_options
 @output_options
 @pass_terminal
 def compress(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_files",
+    "check_models",
     "check_pages",
     "check_written",
     "finish",
@@ -113,11 +114,25 @@ def one_process_writes(terminal: Terminal, options: dict[str, Any]) -> Iterator[
         yield False
 
 
+def check_models(
+    terminal: Terminal, models: Sequence[str], *, trusted: bool, target: str = "cpu", hard_links: bool = False
+) -> None:
+    """Open models in a child process first, unless they are trusted."""
+    from onnxcompress.probe import limits_note, probe_models, probes
+
+    if not trusted and probes(target):
+        note = limits_note()
+        if note is not None:
+            terminal.warn([note])
+        probe_models(models, hard_links=hard_links)
+
+
 def open_samples(
     terminal: Terminal,
     model: str,
     other: str,
     *,
+    hard_links: bool,
     data: str | None,
     preprocess: str | None,
     batch: int | None,
@@ -129,7 +144,7 @@ def open_samples(
     from onnxcompress.graph import input_specs
     from onnxcompress.io import load, model_bytes
 
-    graph = load(model)
+    graph = load(model, trusted=hard_links)
     model_bytes(other)  # there, before any work
     specs = input_specs(graph)
     if data is None:

@@ -16,6 +16,7 @@ from onnxcompress.cli.options import (
     output_option,
     output_options,
     parsed_preprocess,
+    trust_options,
 )
 from onnxcompress.cli.terminal import Terminal
 from onnxcompress.errors import UsageError
@@ -59,7 +60,7 @@ def pass_command(name: str) -> click.Command:
             )
         finish(terminal, result, report if writes else None)
 
-    shared = option_group(output_option, data_options, judge_options, _verify_option, output_options)
+    shared = option_group(output_option, data_options, judge_options, _verify_option, trust_options, output_options)
     command = click.command(name, help=_help(cls), short_help=PASSES[name].summary)(shared(callback))
     command.params[:0] = [click.Argument(["model"], type=MODEL), *fields.values()]
     return command

@@ -25,6 +25,7 @@ __all__ = [
     "output_options",
     "page_option",
     "parsed_preprocess",
+    "trust_options",
 ]
 
 
@@ -131,6 +132,40 @@ judge_options = option_group(
     click.option("--random-data", is_flag=True, help="Calibrate on random data: the accuracy is then unknown."),
     click.option(
         "--report", metavar="FILE", type=FILE, help="Write the full report as JSON: every change and refusal."
+    ),
+)
+
+
+def _load_libraries(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> None:
+    """Every session of this process and of those that it starts loads them, so the environment carries the names."""
+    if value:
+        from onnxcompress.session import CUSTOM_OPERATORS_VARIABLE
+
+        known = filter(None, os.environ.get(CUSTOM_OPERATORS_VARIABLE, "").split(os.pathsep))
+        os.environ[CUSTOM_OPERATORS_VARIABLE] = os.pathsep.join((*known, *map(os.path.abspath, value)))
+
+
+trust_options = option_group(
+    click.option(
+        "--trusted",
+        is_flag=True,
+        help="The models come from a source that you trust: do not open them in a child process with limits on memory "
+        "and time first, and accept hard links.",
+    ),
+    click.option(
+        "--allow-hard-links",
+        "hard_links",
+        is_flag=True,
+        help="Accept external data that has more than one name: a hard link may belong to something else.",
+    ),
+    click.option(
+        "--custom-ops",
+        multiple=True,
+        type=click.Path(exists=True, dir_okay=False, path_type=str),
+        metavar="LIB",
+        expose_value=False,
+        callback=_load_libraries,
+        help="Load this library of custom operators into ONNX Runtime; it is native code, so trust it; repeatable.",
     ),
 )
 

@@ -22,7 +22,10 @@ TERMINATED = 143
 
 
 #: errors of the operating system that mean that something ran out
-EXHAUSTED = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+EXHAUSTED = {
+    *(errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    getattr(errno, "EDQUOT", errno.ENOSPC),  # not every system has quotas
+}
 
 
 def exit_status(error: BaseException, terminal: Terminal) -> int:

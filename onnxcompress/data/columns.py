@@ -7,7 +7,9 @@ or memory (:class:`MemoryColumn`). Nothing is ever unpickled: arrays of Python o
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import struct
 import tempfile
 import weakref
@@ -38,6 +40,14 @@ __all__ = [
 
 #: sample numbers, ascending
 Rows = NDArray[np.int64]
+
+
+#: batches of a one-shot source; more are taken for a source without an end
+MOST_BATCHES = 200_000
+#: bytes of the header of an array; numpy itself refuses to parse longer ones
+_MOST_HEADER_BYTES = 10_000
+#: a compressed member of more bytes than this that grows by more than this factor is a bomb
+_BOMB_BYTES, _BOMB_RATIO = 1 << 34, 100
 
 
 class Column(ABC):
@@ -255,9 +265,9 @@ def _npy_header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, 
     try:
         version = np.lib.format.read_magic(stream)
         if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(_header(stream, 2))
         elif version == (2, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(_header(stream, 4))
         else:
             raise DataError(f"{origin}: version {version} of the .npy format is not supported; save it with numpy.save")
     except (ValueError, EOFError, OSError) as error:
@@ -273,6 +283,15 @@ def _npy_header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, 
     if any(d < 0 for d in shape):
         raise DataError(f"{origin}: has the impossible shape {shape}")
     return tuple(int(d) for d in shape), bool(fortran), dtype
+
+
+def _header(stream: IO[bytes], bytes_of_length: int) -> IO[bytes]:
+    """The header alone: numpy reads the whole of a giant one before it refuses it."""
+    start = stream.read(bytes_of_length)
+    length = int.from_bytes(start, "little")
+    if length > _MOST_HEADER_BYTES:
+        raise ValueError(f"its header has {length} bytes")
+    return io.BytesIO(start + stream.read(length))
 
 
 def npy_column(path: Path) -> FileColumn:
@@ -335,6 +354,11 @@ def _npz_column(archive: zipfile.ZipFile, file: IO[bytes], info: zipfile.ZipInfo
         end = min(start + info.file_size, os.fstat(file.fileno()).st_size)
         _check_length(origin, shape, dtype, end - offset)
         return FileColumn(path, offset, shape, dtype, fortran and len(shape) > 1)
+    if info.file_size > _BOMB_BYTES and info.file_size > _BOMB_RATIO * info.compress_size:
+        raise DataError(
+            f"{origin} unpacks from {info.compress_size} to {info.file_size} bytes, which is no real data; "
+            "save fewer samples, or without compression (numpy.savez)"
+        )
     with archive.open(info) as stream:
         shape, fortran, dtype = _npy_header(stream, origin)
         offset = stream.tell()
@@ -376,10 +400,27 @@ class Spool:
             ) from error
         os.close(handle)
         self.path = Path(name)
+        #: a source without an end must not fill the disk
+        self._room = shutil.disk_usage(self.path.parent).free // 2
+        self._written = self._writes = 0
         self._remove = weakref.finalize(self, _unlink, name)
 
     def write(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Column]:
-        """Append arrays and return them as columns."""
+        """Append arrays and return them as columns.
+
+        Raises:
+            ResourceError: the disk is full, or half of what was free is used up.
+            DataError: there is no end of batches.
+        """
+        self._writes += 1
+        self._written += sum(array.nbytes for array in arrays.values())
+        if self._writes > MOST_BATCHES:
+            raise DataError(f"the data has more than {MOST_BATCHES} batches and may have no end; limit it by --samples")
+        if self._written > self._room:
+            raise ResourceError(
+                f"the data takes more than {self._room / 1e9:.1f} GB, half of the free space in {self.path.parent}, "
+                "and may have no end; limit it by --samples, or name another place by TMPDIR"
+            )
         columns: dict[str, Column] = {}
         try:
             with self.path.open("ab") as file:

@@ -37,7 +37,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxcompress.composites import silu
-from onnxcompress.graph import Graph, Names, attribute, constant_value, remove_node, remove_nodes
+from onnxcompress.graph import Graph, Names, attribute, constant_value, release, remove_node, remove_nodes
 from onnxcompress.quantization.affine import (
     LevelRange,
     QParams,
@@ -278,6 +278,7 @@ class _Writer:
         explicit = node.op != "Conv"
         integers = quantize_weight(weight, params, self.placement.target.weights)
         integers = np.clip(integers, *self.placement.target.weights.limits)  # ranges by mean squared error cut some off
+        release(weight)
         node.inputs[index] = self._constant(tensor, integers, params, explicit=explicit)
         writes_float = unit.keeps_float and self._stays_float(unit)
         if bias is not None and rule.bias is not None:
