@@ -47,6 +47,7 @@ from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_
 from onnxcompress.runtimes import Trace
 from onnxcompress.session import Session, import_onnxruntime
 from onnxcompress.shapes import graph_stats
+from onnxcompress.stages import Stages, open_stages
 from onnxcompress.targets import get_target
 from onnxcompress.verify import check_equivalent, compare
 
@@ -151,6 +152,7 @@ def compress(
     dry_run: bool = False,
     check: bool = True,
     trusted: bool = False,
+    work_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> CompressResult:
     """Compress the model file ``model`` and write the result to ``output``.
@@ -188,6 +190,8 @@ def compress(
         dry_run: check model, recipe and data, plan, and write nothing.
         check: raise where a budget is missed; False: tell it in ``failure``. Nothing is written in either case.
         trusted: skip the limits on untrusted files.
+        work_dir: a folder that keeps what each pass made; where only the end of the recipe changes, the passes before
+            it do not run again. It is made where it is missing, and can be deleted at any time.
         progress: where progress is shown.
 
     Raises:
@@ -212,6 +216,7 @@ def compress(
             f"recipe {chosen.source!r} calibrates and needs samples; give --data, or --random-data for a result of "
             "unknown accuracy"
         )
+    chosen.pipeline().check_available()
     inputs = {"the model": model, "the data": data, "the evaluation data": eval_data, "the recipe": recipe}
     output_path = checked_destination(output, {**inputs, "the evaluator": evaluate})
     if verify or benchmark:
@@ -236,6 +241,7 @@ def compress(
             force=force,
             progress=progress if progress is not None else SilentProgress(),
             work_dir=Path(folder),
+            stages=open_stages(work_dir) if not dry_run else None,
         )
         with job.timed("load"):
             graph = load(model, trusted=trusted)
@@ -297,6 +303,7 @@ class _Job:
     force: bool
     progress: Progress
     work_dir: Path
+    stages: Stages | None
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     #: what ran, once it has
@@ -414,6 +421,7 @@ class _Job:
             seed=self.seed,
             progress=self.progress,
             work_dir=self.work_dir,
+            stages=self.stages,
             threads=self.threads,
             warnings=self.warnings,
         )

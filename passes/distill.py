@@ -29,7 +29,7 @@ from onnxcompress.data import Batch, Dataset
 from onnxcompress.errors import DataError, ModelError, UsageError
 from onnxcompress.executor import import_torch
 from onnxcompress.graph import Graph, input_specs
-from onnxcompress.io import load
+from onnxcompress.io import load, model_files, model_sha256
 from onnxcompress.proto import to_proto
 from onnxcompress.quantization.rounding import integer_bounds
 from onnxcompress.targets import get_target
@@ -118,12 +118,21 @@ class Distill(Pass):
         return True
 
     def requires(self, graph: Graph, context: Context) -> None:
-        """There must be a teacher that is not the student, and torch."""
+        """There must be a teacher that is not the student."""
         if self.teacher is None and (context.original is None or context.original is graph):
             raise UsageError("distill learns from another model; name it with --teacher, or run distill in a recipe")
+
+    def check_available(self) -> None:
+        """Torch, the teacher's file and the checkpoint's folder."""
+        if self.teacher is not None:
+            model_files(self.teacher)
         if self.checkpoint is not None and not Path(self.checkpoint).absolute().parent.is_dir():
             raise UsageError(f"the folder of the checkpoint {self.checkpoint!r} does not exist; create it first")
         import_torch()
+
+    def depends_on(self) -> str | None:
+        """The contents of the teacher's files."""
+        return None if self.teacher is None else model_sha256(self.teacher)
 
     def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
         """Check, train, and keep what beats the start."""
