@@ -223,6 +223,13 @@ class Pass(BaseModel, ABC):
         """True where the pass reads calibration data; it is then not started without any."""
         return False
 
+    def hold_out(self, data: Dataset, seed: int) -> tuple[Dataset, Dataset] | None:
+        """(the rest, samples that this pass judges by), so that a recipe can keep the latter from the passes before it.
+
+        What was fitted to a sample looks better on it than it is. None: there are none.
+        """
+        return None
+
     def check_available(self) -> None:
         """Raise where what the pass needs is not installed or not there; asked before any pass of a recipe runs.
 

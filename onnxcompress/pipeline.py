@@ -20,6 +20,7 @@ from onnxcompress.base import (
     PassResult,
     Refusal,
 )
+from onnxcompress.data import Dataset
 from onnxcompress.graph import Graph, copy_graph, replace_contents
 from onnxcompress.kept import Kept, compose_kept
 from onnxcompress.shapes import graph_stats
@@ -74,15 +75,21 @@ class Pipeline(Pass):
         before = graph_stats(graph)
         reports: list[PassReport] = []
         kept: Kept = {}
-        stages = None if context.stages is None else context.stages.start(self.passes, graph, context)
+        whole, seen = context.data, self._seen(context)
+        unseen = [0 if own is None or whole is None else whole.samples - own.samples for own in seen]
+        stages = None if context.stages is None else context.stages.start(self.passes, graph, context, unseen)
         found = None if stages is None else stages.finished()
         if found is not None:
             graph, kept = found.graph, found.kept
             reports, context.kept = list(found.reports), found.kept
         for number, step in enumerate(self.passes[len(reports) :], start=len(reports) + 1):
             description = f"{step.name} ({number}/{len(self.passes)})"
-            for running in context.progress.track((step,), description, 1):
-                result = running(graph, context)
+            context.data = seen[number - 1]
+            try:
+                for running in context.progress.track((step,), description, 1):
+                    result = running(graph, context)
+            finally:
+                context.data = whole
             graph = result.graph
             reports.append(result.report)
             kept = context.kept = compose_kept(kept, result.kept)
@@ -91,6 +98,15 @@ class Pipeline(Pass):
         if not self.passes:
             graph = copy_graph(graph)
         return PassResult(graph, self._report(reports, before, graph, time.perf_counter() - start), kept)
+
+    def _seen(self, context: Context) -> list[Dataset | None]:
+        """The samples that each pass is given: not those that a later one judges by."""
+        seen = [context.data] * len(self.passes)
+        for number, step in enumerate(self.passes):
+            parts = None if context.data is None else step.hold_out(context.data, context.seed)
+            if parts is not None:
+                return [parts[0]] * number + seen[number:]
+        return seen
 
     def _report(self, reports: list[PassReport], before: Any, graph: Graph, seconds: float) -> PassReport:
         return PassReport(

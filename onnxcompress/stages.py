@@ -84,9 +84,9 @@ class Stages:
 
     store: _Store
 
-    def start(self, passes: Sequence[Pass], graph: Graph, context: Context) -> StageRun:
-        """The stages of one run of ``passes`` on ``graph``."""
-        return StageRun(self.store, passes, graph, context)
+    def start(self, passes: Sequence[Pass], graph: Graph, context: Context, unseen: Sequence[int]) -> StageRun:
+        """The stages of one run of ``passes`` on ``graph``; ``unseen`` counts samples that are kept from each pass."""
+        return StageRun(self.store, passes, graph, context, unseen)
 
 
 def open_stages(folder: str | os.PathLike[str] | None = None) -> Stages:
@@ -111,10 +111,13 @@ def open_stages(folder: str | os.PathLike[str] | None = None) -> Stages:
 class StageRun:
     """The stages of one run: which there are, and those that the run adds."""
 
-    def __init__(self, store: _Store, passes: Sequence[Pass], graph: Graph, context: Context) -> None:
+    def __init__(
+        self, store: _Store, passes: Sequence[Pass], graph: Graph, context: Context, unseen: Sequence[int]
+    ) -> None:
         self._store, self._passes, self._graph, self._context = store, passes, graph, context
+        self._unseen = unseen
         base = store.base(graph, context)
-        self._keys = list(_chain(base, passes))
+        self._keys = list(_chain(base, passes, unseen))
         #: the same with what was decided as options
         self._decided = base
 
@@ -126,8 +129,8 @@ class StageRun:
                 continue
             steps = zip(self._passes, stage.reports, strict=False)
             reports = tuple(replace(report, options=_options(step)) for step, report in steps)
-            for step, report in zip(self._passes, reports, strict=False):
-                self._advance(step, report)
+            for position, report in enumerate(reports):
+                self._advance(position, report)
                 for warning in report.warnings:
                     self._context.warn(warning)
             self._context.reference, self._context.variants = stage.reference, stage.variants
@@ -137,25 +140,26 @@ class StageRun:
     def keep(self, graph: Graph, reports: Sequence[PassReport], kept: Kept) -> None:
         """Keep what is there after the pass that made the last report."""
         number = len(reports)
-        self._advance(self._passes[number - 1], reports[-1])
+        self._advance(number - 1, reports[-1])
         keys = dict.fromkeys((self._keys[number - 1], self._decided))
         stage = Stage(graph, tuple(reports), kept, self._context.reference, self._context.variants)
         self._store.keep(list(keys), stage, self._context)
 
-    def _advance(self, step: Pass, report: PassReport) -> None:
+    def _advance(self, position: int, report: PassReport) -> None:
+        step = self._passes[position]
         if report.decisions:
             step = type(step).model_validate({**_options(step), **report.decisions})
-        self._decided = next(_chain(self._decided, (step,)))
+        self._decided = next(_chain(self._decided, (step,), self._unseen[position : position + 1]))
 
 
 def _options(step: Pass) -> dict[str, Any]:
     return step.model_dump(mode="json", exclude_defaults=True)
 
 
-def _chain(base: str, passes: Sequence[Pass]) -> Iterator[str]:
+def _chain(base: str, passes: Sequence[Pass], unseen: Sequence[int]) -> Iterator[str]:
     """The key after each of ``passes``."""
-    for step in passes:
-        base = _sha256([base, _described(step)])
+    for step, held in zip(passes, unseen, strict=True):
+        base = _sha256([base, _described(step), held])
         yield base
 
 

@@ -53,6 +53,8 @@ _HELD_OUT = 1024
 #: bytes that they may have, unless they were fewer than this
 _HELD_OUT_BYTES = 1 << 28
 _LEAST_HELD_OUT = 64
+#: changed copies of each held-out image, where they are few
+_COPIES = 4
 #: usual learning rates
 _RATES = {"adamw": 1e-3, "sgd": 2e-3}
 #: what is tried of them, for how many steps each, and steps from which that is worth its time
@@ -122,6 +124,16 @@ class Distill(Pass):
         if self.teacher is None and (context.original is None or context.original is graph):
             raise UsageError("distill learns from another model; name it with --teacher, or run distill in a recipe")
 
+    def hold_out(self, data: Dataset, seed: int) -> tuple[Dataset, Dataset] | None:
+        """(what is learned from, what is judged by); None where there are too few samples."""
+        first = data.first()
+        each = sum(value.nbytes for value in first.feeds.values()) / first.samples
+        most = min(_HELD_OUT, max(_LEAST_HELD_OUT, int(_HELD_OUT_BYTES / max(each, 1))))
+        try:
+            return data.split(min(self.held_out, most / data.samples), seed)
+        except DataError:
+            return None
+
     def check_available(self) -> None:
         """Torch, the teacher's file and the checkpoint's folder."""
         if self.teacher is not None:
@@ -155,8 +167,14 @@ class _Judgement:
     """Loss and agreement with the teacher on held-out samples, as onnxruntime serves the student."""
 
     loss: float
-    agreement: float
+    #: [samples]
+    agreements: Array
     sqnr_db: float
+
+    @property
+    def agreement(self) -> float:
+        """Its mean."""
+        return float(self.agreements.mean())
 
 
 class _Lesson:
@@ -190,20 +208,18 @@ class _Lesson:
                 teacher, [t.teacher for t in self._objective.blocks], optimization="all", threads=self._threads
             )
         self._session = session
+        self._images, self._changed = self._changes()
+        self._samples = sum(batch.samples for batch in self._held)
+        self._held = self._moved()
 
     # -- what to learn from -----------------------------------------------------------------------------------------
 
     def _split(self, data: Dataset) -> tuple[Dataset, list[Batch]]:
-        first = data.first()
-        each = sum(value.nbytes for value in first.feeds.values()) / first.samples
-        most = min(_HELD_OUT, max(_LEAST_HELD_OUT, int(_HELD_OUT_BYTES / max(each, 1))))
-        share = min(self._options.held_out, most / data.samples)
-        try:
-            train, held = data.split(share, self._context.seed)
-        except DataError:
+        parts = self._options.hold_out(data, self._context.seed)
+        if parts is None:
             self._context.warn("too few samples to hold any out; distillation was judged on what it learned from")
-            train = held = data
-        return train, list(held)
+            parts = data, data
+        return parts[0], list(parts[1])
 
     def _ask_teacher(self, feeds: Tensors) -> Tensors:
         return self._session.run(dict(feeds), self._wanted)
@@ -249,7 +265,7 @@ class _Lesson:
 
     def run(self) -> Iterator[Change | Refusal | Decision | Detail]:
         """Train, write the weights back, and judge."""
-        from onnxcompress.executor.training import deterministic
+        from onnxcompress.executor.training import CHANCE, deterministic, surely
 
         start = self._judge(self._graph)
         with deterministic(self._context.threads, self._device):
@@ -257,7 +273,7 @@ class _Lesson:
         untouched = [(item.constant, item.constant._values) for item in network.trained]
         changed = network.write_back() if outcome.improved else []
         end = self._judge(self._graph) if changed else start
-        if changed and not (end.loss < start.loss and end.agreement >= start.agreement):
+        if changed and not (end.loss < start.loss and surely(start.agreements, end.agreements) <= CHANCE):
             for constant, values in untouched:  # half precision may lose what was won
                 constant._values = values
             changed, end = [], start
@@ -271,8 +287,8 @@ class _Lesson:
             yield Change(
                 "distilled",
                 "",
-                f"{len(changed)} weights, {outcome.steps} steps; on {sum(b.samples for b in self._held)} held-out "
-                f"samples agreement {100 * start.agreement:.2f} -> {100 * end.agreement:.2f} %, "
+                f"{len(changed)} weights, {outcome.steps} steps; on {self._samples} held-out samples "
+                f"agreement {100 * start.agreement:.2f} -> {100 * end.agreement:.2f} %, "
                 f"SQNR {start.sqnr_db:.2f} -> {end.sqnr_db:.2f} dB",
             )
         else:
@@ -295,7 +311,6 @@ class _Lesson:
         largest = get_target(context.target).weights.largest_pair
         if largest is not None:
             _bound_pairs(network, largest)
-        images, changes = self._changes()
         shuffled = Shuffled(self._train, options.batch_size, context.seed)
         settings = Settings(
             steps=options.steps or 1,
@@ -306,8 +321,8 @@ class _Lesson:
             clip=options.clip,
             average=options.average,
             seed=context.seed,
-            images=tuple(images),
-            changes=tuple(changes),
+            images=tuple(self._images),
+            changes=tuple(self._changed),
             stop_after=options.stop_after,
         )
         checkpoint = (Path(options.checkpoint), self._key()) if options.checkpoint is not None else None
@@ -380,10 +395,29 @@ class _Lesson:
                 changes.append(change)
         return images, changes
 
+    def _moved(self) -> list[Batch]:
+        """What is judged by: of images that may be changed, changed copies of the held-out ones.
+
+        Whatever made the student may have been fitted to the samples themselves, and does better on them than it is.
+        """
+        from onnxcompress.executor.samples import augment
+
+        changes = [change for change in self._changed if change != "mixup"]
+        if not self._images or not changes:
+            return self._held
+        size = sum(value.nbytes for batch in self._held for value in batch.feeds.values())
+        copies = max(1, min(_COPIES, _HELD_OUT // self._samples, int(_HELD_OUT_BYTES / max(size, 1))))
+        generator = np.random.default_rng([self._context.seed, 3])
+        return [
+            Batch(augment(batch.feeds, self._images, changes, generator), batch.labels, batch.samples)
+            for _ in range(copies)
+            for batch in self._held
+        ]
+
     def _key(self) -> str:
         """What a checkpoint belongs to."""
         assert self._context.data is not None
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"2")  # layout of the checkpoint
         for graph in (self._graph, self._teacher):
             digest.update(to_proto(graph).SerializeToString(deterministic=True))
         digest.update(self._context.data.fingerprint().encode())
@@ -402,7 +436,8 @@ class _Lesson:
         from onnxcompress.session import Session
 
         session = Session(graph, optimization="disabled", threads=self._threads)
-        loss, agreement, count, error, signal = 0.0, 0.0, 0, 0.0, 0.0
+        loss, count, error, signal = 0.0, 0, 0.0, 0.0
+        agreements: list[Array] = []
         with torch.no_grad():
             for batch in self._held:
                 found = session.run(dict(batch.feeds))
@@ -410,14 +445,14 @@ class _Lesson:
                 a = {t.student: as_tensor(found[t.student]) for t in self._objective.outputs}
                 b = {t.teacher: as_tensor(wanted[t.teacher]) for t in self._objective.outputs}
                 each = self._objective.agreement(a, b)
-                loss += float(self._objective.output_loss(a, b)) * len(each)
-                agreement, count = agreement + float(each.sum()), count + len(each)
+                loss, count = loss + float(self._objective.output_loss(a, b)) * len(each), count + len(each)
+                agreements.append(each.double().numpy())
                 for target in self._objective.outputs:
                     theirs = b[target.teacher].double()
                     error += float((a[target.student].double() - theirs).square().sum()) / target.power
                     signal += float(theirs.square().sum()) / target.power
         decibels = 10 * np.log10(signal / error) if error > 0 else float("inf")
-        return _Judgement(loss / count, agreement / count, float(decibels))
+        return _Judgement(loss / count, np.concatenate(agreements), float(decibels))
 
     def _told(self, outcome: Outcome, start: _Judgement, end: _Judgement, changes: Sequence[str]) -> dict[str, Any]:
         """For the report; plain numbers."""
@@ -425,7 +460,7 @@ class _Lesson:
             "outputs": {t.student: t.kind for t in self._objective.outputs},
             "blocks": [t.student for t in self._objective.blocks],
             "augment": list(changes),
-            "samples": {"train": self._train.samples, "held_out": sum(b.samples for b in self._held)},
+            "samples": {"train": self._train.samples, "held_out": self._samples},
             "steps": outcome.steps,
             "best_step": outcome.best.step,
             "seconds": round(outcome.seconds, 1),

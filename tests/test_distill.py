@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -422,10 +422,51 @@ def test_chance_does_not_win() -> None:
     assert np.mean(np.array(noise) >= SURE) < 0.06
     assert surely(start, start - 0.2 + rng.normal(0, 0.5, 100)) >= SURE
     begin, good = Evaluation(0, 1.0, 0.9), Evaluation(5, 0.5, 0.9, None, 3.0)
-    assert good.better_than(begin, begin)
-    assert not Evaluation(5, 0.5, 0.9, None, 1.0).better_than(begin, begin)
-    assert not Evaluation(5, 0.5, 0.8, None, 3.0).better_than(begin, begin)
-    assert not Evaluation(6, 0.6, 0.9, None, 3.0).better_than(good, begin)
+    assert good.better_than(begin)
+    assert not Evaluation(5, 0.5, 0.9, None, 1.0).better_than(begin)
+    assert Evaluation(5, 0.5, 0.89, None, 3.0, 0.9).better_than(begin)  # one sample of a hundred
+    assert not Evaluation(5, 0.5, 0.8, None, 3.0, 1.1).better_than(begin)
+    assert not Evaluation(6, 0.6, 0.9, None, 3.0).better_than(good)
+
+
+def test_images_are_judged_by_changed_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student that was fitted to the held-out samples is no better for it."""
+    judged: list[np.ndarray[Any, Any]] = []
+    step = {**QUICK, "steps": 1, "augment": ("crop",)}
+    told = Distill(**step)(student(), context()).report.details["distillation"]
+    assert told["samples"] == {"train": 115, "held_out": 13}
+    from onnxcompress.executor.training import Trainer
+
+    first = Trainer.__init__
+
+    def spy(self: Any, network: Any, objective: Any, ask: Any, data: Any, held: Any, *rest: Any) -> None:
+        judged.extend(np.asarray(batch.feeds["input"]) for batch in held)
+        first(self, network, objective, ask, data, held, *rest)
+
+    monkeypatch.setattr(Trainer, "__init__", spy)
+    Distill(**step)(student(), context())
+    copies = np.concatenate(judged)
+    assert len(copies) == 4 * 13
+    held = Distill(**step).hold_out(samples(), 0)
+    assert held is not None
+    originals = np.concatenate([batch.feeds["input"] for batch in held[1]])
+    assert not np.array_equal(copies[:13], originals)
+    assert not np.array_equal(copies[:13], copies[13:26])
+
+
+def test_passes_before_it_do_not_see_what_it_judges_by() -> None:
+    class Sees(FoldBatchNorm):
+        seen: ClassVar[list[int]] = []
+
+        def requires(self, graph: Graph, context: Context) -> None:
+            assert context.data is not None
+            self.seen.append(context.data.samples)
+
+    own = context()
+    Pipeline([Sees(), Distill(**{**QUICK, "steps": 1}), Sees()])(noisy(load(demo_model_path())), own)
+    assert Sees.seen == [115, 128]
+    assert own.data is not None
+    assert own.data.samples == 128
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:
