@@ -68,7 +68,6 @@ def test_one_report_tells_all_and_what_pruning_left_reaches_distillation(result:
     reports = {child.name: child for child in result.report.children}
     told = reports["distill"].details["distillation"]
     cut = {name for name, axes in json.loads(kept(result)).items() if axes}
-
     assert cut & set(told["blocks"]), "no block that lost channels was compared"
     assert told["loss"]["after"] <= told["loss"]["before"]
     assert reports["distill"].changed
