@@ -156,13 +156,20 @@ class _Runner:
             return outcome
         if self._held_out is None:
             assert self._data is not None
-            reading = self._gauge(self._data, _LOOK).read(self._runner(outcome))
-            if self._met(reading):
+            look = self._gauge(self._data, _LOOK)
+            if self._met(look.read(self._runner(outcome))) or self._is_hopeless(outcome, look):
                 return outcome
             if not self._hold_out():
                 return outcome
             outcome = self._pass(self._recipe)
         return self._searched(outcome)
+
+    def _is_hopeless(self, outcome: BudgetedRun, look: Gauge) -> bool:
+        """True where all layers in float would miss the budget as well: pruning, say, is not undone by that."""
+        if outcome.variants is None or self._others(outcome) or self._static_suffices(outcome, look, self._goals):
+            return False
+        outcome.missed = "the model that was quantised misses it in floats already"
+        return True
 
     def _pass(self, recipe: Recipe) -> BudgetedRun:
         """Run ``recipe`` once."""

@@ -96,7 +96,8 @@ class Distill(Pass):
         "auto", description="What the outputs hold; auto: judged by shape, values and name"
     )
     augment: tuple[str, ...] | None = Field(
-        None, description="Changes of images: flip, crop, mixup, none; default: those that the teacher does not mind"
+        None,
+        description="Changes of images: flip, crop, mixup, cutmix, none; default: those that the teacher does not mind",
     )
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of the samples held out to judge by, at most 1,024")
     checkpoint: str | None = Field(None, description="File to save the state to, and to take it up from")
@@ -104,9 +105,9 @@ class Distill(Pass):
     @field_validator("augment")
     @classmethod
     def _known_changes(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        wrong = [v for v in value or () if v not in ("flip", "crop", "mixup", "none")]
+        wrong = [v for v in value or () if v not in ("flip", "crop", "mixup", "cutmix", "none")]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no change of images; expected flip, crop, mixup or none")
+            raise ValueError(f"{wrong[0]!r} is no change of images; expected flip, crop, mixup, cutmix or none")
         return value
 
     @property
@@ -400,9 +401,9 @@ class _Lesson:
 
         Whatever made the student may have been fitted to the samples themselves, and does better on them than it is.
         """
-        from onnxcompress.executor.samples import augment
+        from onnxcompress.executor.samples import MIXING, augment
 
-        changes = [change for change in self._changed if change != "mixup"]
+        changes = [change for change in self._changed if change not in MIXING]
         if not self._images or not changes:
             return self._held
         size = sum(value.nbytes for batch in self._held for value in batch.feeds.values())

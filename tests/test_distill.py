@@ -332,7 +332,7 @@ def test_digits_are_moved_but_not_mirrored() -> None:
     assert result.report.decisions["augment"] == ["crop"]
 
 
-@pytest.mark.parametrize("change", ["flip", "crop", "mixup"])
+@pytest.mark.parametrize("change", ["flip", "crop", "mixup", "cutmix"])
 def test_changes_of_images(change: str) -> None:
     from onnxcompress.executor.samples import augment
 
@@ -350,9 +350,24 @@ def test_changes_of_images(change: str) -> None:
         assert {
             np.array_equal(a, b) or np.array_equal(a, b[..., ::-1]) for a, b in zip(once["image"], x, strict=True)
         } == {True}
-    if change == "mixup":
+    if change in ("mixup", "cutmix"):
         assert once["image"].min() >= x.min()
         assert once["image"].max() <= x.max()
+        untouched = sum(np.array_equal(a, b) for a, b in zip(once["image"], x, strict=True))
+        assert 2 <= untouched <= 13  # about a half
+    if change == "cutmix":
+        assert np.isin(once["image"], x).all()
+
+
+def test_ways_to_mix_share_the_samples() -> None:
+    from onnxcompress.executor.samples import augment
+
+    x = np.random.default_rng(0).random((300, 1, 16, 16)).astype(np.float32)
+    mixed = augment({"x": x}, ["x"], ("mixup", "cutmix"), np.random.default_rng(1))["x"]
+    known = np.isin(mixed, x).reshape(300, -1)  # an average of two is no pixel of the data
+    same = np.array([np.array_equal(a, b) for a, b in zip(mixed, x, strict=True)])
+    assert 70 <= same.sum() <= 130
+    assert 70 <= (~known.all(axis=1)).sum() <= 130
 
 
 def test_only_images_are_taken_for_images() -> None:
