@@ -55,6 +55,9 @@ _HELD_OUT_BYTES = 1 << 28
 _LEAST_HELD_OUT = 64
 #: changed copies of each held-out image, where they are few
 _COPIES = 4
+#: ways to mix images that are seen more often than this
+_MIXED = ("mixup",)
+_OFTEN = 10
 #: usual learning rates
 _RATES = {"adamw": 1e-3, "sgd": 2e-3}
 #: what is tried of them, for how many steps each, and steps from which that is worth its time
@@ -97,7 +100,8 @@ class Distill(Pass):
     )
     augment: tuple[str, ...] | None = Field(
         None,
-        description="Changes of images: flip, crop, mixup, cutmix, none; default: those that the teacher does not mind",
+        description="Changes of images: flip, crop, mixup, cutmix, none; default: flip and crop where the teacher does "
+        "not mind, mixup where images are few",
     )
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of the samples held out to judge by, at most 1,024")
     checkpoint: str | None = Field(None, description="File to save the state to, and to take it up from")
@@ -345,11 +349,22 @@ class _Lesson:
             known = read_checkpoint(checkpoint)
             steps = known["steps"] if known is not None else self._affordable(trainer(settings))
             settings = replace(settings, steps=steps, seconds=60 * options.minutes)
+        settings = replace(settings, changes=(*settings.changes, *self._mixing(settings.steps)))
         if options.learning_rate is None and settings.steps >= _LEAST_FOR_TRIALS:
             known = read_checkpoint(checkpoint)
             rate = known["learning_rate"] if known is not None else self._rate(trainer(settings))
             settings = replace(settings, learning_rate=rate)
         return trainer(settings).run(), network, settings
+
+    def _mixing(self, steps: int) -> Sequence[str]:
+        """Ways to mix images, where nobody says otherwise and images are so few that they would be learned by heart.
+
+        A teacher has an answer for any image, so what it says to a mixed one is worth learning, too.
+        """
+        options = self._options
+        if options.augment is not None or not self._images or (options.label_weight and self._train.has_labels):
+            return ()
+        return _MIXED if steps * options.batch_size >= _OFTEN * self._train.samples else ()
 
     def _rate(self, trainer: Trainer) -> float:
         """The learning rate with the lowest loss after a short training."""
