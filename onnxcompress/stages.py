@@ -229,7 +229,7 @@ class _Folder:
             "source": model_info(graph).source_sha256,
             "teacher": None if original is None or original is graph else content_sha256(original),
             "data": None if data is None else [data.fingerprint(), data.samples, data.batch, len(data)],
-            "context": [context.target, context.seed, context.threads],
+            "context": [context.target, context.seed, context.threads, os.environ.get("OMP_NUM_THREADS")],
             "versions": package_versions(),
             "sources": _sources_sha256(),
             "processor": processor(),
