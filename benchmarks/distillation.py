@@ -46,7 +46,7 @@ from onnxcompress.stages import open_stages
 
 SAMPLES = 1024
 BATCH = 64
-#: how much faster two threads are than one here, in training steps a second
+#: how much faster two idle cores are taken to be than one, in training steps a second
 TWO_CORES = 1.6
 #: the part of the time that is not for judging
 TRAINING = 0.9

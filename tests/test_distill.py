@@ -332,6 +332,24 @@ def test_digits_are_moved_but_not_mirrored() -> None:
     assert result.report.decisions["augment"] == ["crop"]
 
 
+def test_few_images_are_mixed_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {**QUICK, "steps": 2, "batch_size": 64, "augment": None}
+    images = demo_calibration()
+    data = {"input": images["input"][:64], "labels": np.zeros(64, np.int64)}
+
+    def changes(**options: Any) -> Any:
+        own = context(data=open_data(data, input_specs(teacher()), batch=16))
+        return Distill(**{**step, **options})(student(), own).report.decisions["augment"]
+
+    assert "cutmix" not in changes()  # a sample is seen twice
+    monkeypatch.setattr("onnxcompress.passes.distill._OFTEN", 2)
+    found = changes()
+    assert "cutmix" in found
+    assert changes(augment=tuple(found)) == sorted(found)  # a replay
+    assert changes(augment=("none",)) == ["none"]
+    assert "cutmix" not in changes(label_weight=1.0)  # a mixed image has no label
+
+
 @pytest.mark.parametrize("change", ["flip", "crop", "mixup", "cutmix"])
 def test_changes_of_images(change: str) -> None:
     from onnxcompress.executor.samples import augment
