@@ -3,7 +3,13 @@
 The student is the graph as it is, pruned, quantised or both; names and structure stay, weights get better. The teacher
 runs on onnxruntime, the student on torch (:mod:`onnxcompress.executor`), which is first held against onnxruntime. The
 loss compares outputs, and block outputs at the points where both networks compute the same thing. A part of the samples
-is held out; the state that does best on it is kept, and only if it beats the start as onnxruntime serves it.
+is held out, and no pass of the recipe before this one sees it: what was fitted to samples looks better on them than it
+is. The state that does best there, on changed copies where the samples are images, is kept, and only if it beats the
+start as onnxruntime serves it.
+
+The teacher answers alongside, and nothing that it said is kept: images are changed at random, so that no answer is
+asked for twice, and block outputs of all samples are too much to keep (0.3 MB an image of a ResNet-20, 16 GB for
+50,000). Its answers take about a fifth of the time of a step, and memory does not grow with the number of samples.
 
 A network with folded BatchNormalization is fragile: the learning rate is relative to the size of each weight, is found
 by short trials, and warms up.
@@ -54,7 +60,7 @@ _HELD_OUT = 1024
 _HELD_OUT_BYTES = 1 << 28
 _LEAST_HELD_OUT = 64
 #: changed copies of each held-out image, where they are few
-_COPIES = 4
+_COPIES = 8
 #: how images are mixed that are seen more often than this (of resnet20 at half, 500 steps on 1,024 images, on others:
 #: agreement 92.0 -> 92.8 without, 93.0 with mixup, 93.3 with cutmix)
 _MIXED = ("cutmix",)
@@ -423,7 +429,7 @@ class _Lesson:
         if not self._images or not changes:
             return self._held
         size = sum(value.nbytes for batch in self._held for value in batch.feeds.values())
-        copies = max(1, min(_COPIES, _HELD_OUT // self._samples, int(_HELD_OUT_BYTES / max(size, 1))))
+        copies = max(1, min(_COPIES, 2 * _HELD_OUT // self._samples, int(_HELD_OUT_BYTES / max(size, 1))))
         generator = np.random.default_rng([self._context.seed, 3])
         return [
             Batch(augment(batch.feeds, self._images, changes, generator), batch.labels, batch.samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import onnx
 import pytest
 from models import BY_NAME, make_feeds
 from pydantic import Field
+from rich.console import Console
 from small_cnn import logits, write_data, write_model
 
 from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, PassReport, Refusal
@@ -24,7 +26,7 @@ from onnxcompress.io import content_sha256, load, serialize
 from onnxcompress.pipeline import Pipeline
 from onnxcompress.proto import from_proto
 from onnxcompress.recipe import Recipe, load_recipe, parse_recipe
-from onnxcompress.report import compress_report, to_json
+from onnxcompress.report import compress_report, print_compress, to_json
 from onnxcompress.stages import open_stages
 
 RECIPE = """version: 1
@@ -98,6 +100,19 @@ def test_only_what_comes_after_a_change_runs_and_the_bytes_are_those_of_a_run_fr
     assert told["passes"] == before["passes"]
     assert told["audit"] == before["audit"]
     assert again.warnings == first.warnings
+
+
+def test_what_was_reused_is_printed(run: Callable[..., CompressResult]) -> None:
+    run()
+    stream = StringIO()
+    print_compress(Console(file=stream, width=200), run("percentile"))
+    assert (
+        "reused from the work folder: fold_constants, fold_batch_norm, equalize_layers (3 of 5 passes)"
+        in stream.getvalue()
+    )
+    stream = StringIO()
+    print_compress(Console(file=stream, width=200), run(work_dir=None))
+    assert "reused from" not in stream.getvalue()
 
 
 def test_a_longer_recipe_goes_on_where_a_shorter_one_ended(run: Callable[..., CompressResult]) -> None:
