@@ -216,11 +216,11 @@ def compress(
             f"recipe {chosen.source!r} calibrates and needs samples; give --data, or --random-data for a result of "
             "unknown accuracy"
         )
-    chosen.pipeline().check_available()
     inputs = {"the model": model, "the data": data, "the evaluation data": eval_data, "the recipe": recipe}
     output_path = checked_destination(output, {**inputs, "the evaluator": evaluate})
     if verify or benchmark:
         import_onnxruntime()
+    chosen.pipeline().check_available()
     if isinstance(evaluate, str):
         evaluate = load_evaluator(evaluate)
     with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:

@@ -270,8 +270,11 @@ class _Folder:
                     made = Path(temporary) / "stage"
                     made.mkdir()
                     _write(made, key, stage)
-                    with suppress(FileExistsError, IsADirectoryError):  # another process was faster
+                    try:
                         made.rename(self.path / key)
+                    except OSError:
+                        if not (self.path / key).is_dir():  # no other process was faster
+                            raise
             for other in others:
                 _write_whole(self.path / f"{other}.same", key)
         except (OSError, OnnxCompressError) as error:
