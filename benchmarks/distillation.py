@@ -298,6 +298,8 @@ class Distillation(Bench):
 
     def duration(self, minutes: float, steps: int | None) -> str:
         """How long it was trained, in words."""
+        if self.quick:
+            return f"{steps} steps"
         if self.options.steps_share is None:
             return f"{minutes:g} min"
         return f"{steps} steps, {self.options.steps_share:.0%} of what two idle cores make in {minutes:g} min"

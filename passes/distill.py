@@ -222,6 +222,7 @@ class _Lesson:
         self._session = session
         self._images, self._changed = self._changes()
         self._samples = sum(batch.samples for batch in self._held)
+        self._copies = 1
         self._held = self._moved()
 
     # -- what to learn from -----------------------------------------------------------------------------------------
@@ -335,6 +336,7 @@ class _Lesson:
             seed=context.seed,
             images=tuple(self._images),
             changes=tuple(self._changed),
+            copies=self._copies,
             stop_after=options.stop_after,
         )
         checkpoint = (Path(options.checkpoint), self._key()) if options.checkpoint is not None else None
@@ -429,11 +431,11 @@ class _Lesson:
         if not self._images or not changes:
             return self._held
         size = sum(value.nbytes for batch in self._held for value in batch.feeds.values())
-        copies = max(1, min(_COPIES, 2 * _HELD_OUT // self._samples, int(_HELD_OUT_BYTES / max(size, 1))))
+        self._copies = max(1, min(_COPIES, 2 * _HELD_OUT // self._samples, int(_HELD_OUT_BYTES / max(size, 1))))
         generator = np.random.default_rng([self._context.seed, 3])
         return [
             Batch(augment(batch.feeds, self._images, changes, generator), batch.labels, batch.samples)
-            for _ in range(copies)
+            for _ in range(self._copies)
             for batch in self._held
         ]
 
@@ -475,7 +477,8 @@ class _Lesson:
                     error += float((a[target.student].double() - theirs).square().sum()) / target.power
                     signal += float(theirs.square().sum()) / target.power
         decibels = 10 * np.log10(signal / error) if error > 0 else float("inf")
-        return _Judgement(loss / count, np.concatenate(agreements), float(decibels))
+        each_sample = np.concatenate(agreements).reshape(self._copies, -1).mean(0)
+        return _Judgement(loss / count, each_sample, float(decibels))
 
     def _told(self, outcome: Outcome, start: _Judgement, end: _Judgement, changes: Sequence[str]) -> dict[str, Any]:
         """For the report; plain numbers."""

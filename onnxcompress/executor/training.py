@@ -66,6 +66,8 @@ class Settings:
     evaluations: int = 20
     images: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+    #: how often each held-out sample is there, changed in other ways; all of them once, then all again
+    copies: int = 1
     #: stop there, though the schedule is longer
     stop_after: int | None = None
     #: how long it should take, where that matters
@@ -363,7 +365,8 @@ class Trainer:
             self._put(own)
         if not losses:
             raise DataError("there are no held-out samples to judge by; give more samples")
-        loss, agreement = torch.cat(losses).numpy(), torch.cat(agreements).numpy()
+        copies = self._settings.copies  # those of one sample are no more evidence than one
+        loss, agreement = (torch.cat(found).numpy().reshape(copies, -1).mean(0) for found in (losses, agreements))
         if not step:
             self._start = loss, agreement
         gain, lost = surely(self._start[0], loss), surely(self._start[1], agreement)
