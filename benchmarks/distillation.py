@@ -240,9 +240,11 @@ class Distillation(Bench):
             text = f"{more:.2f} ({lost[recipe]:.2f}, float {lost['float']:.2f}; {self.duration(6.0, steps)})"
             measure = f"{recipe}, points lost beyond the float version"
             self.add(name, case.name, measure, more, text, most=0.3)
-            self.add(name, case.name, f"{recipe}, size / original", size, f"{size:.3f}", most=0.17)
+            held = case.name == "resnet56"  # of the others this is told only
+            most, least, aim = (0.17, 1.1, 1.3) if held else (None, None, None)
+            self.add(name, case.name, f"{recipe}, size / original", size, f"{size:.3f}", most=most)
             text = f"{speed.ratio:.2f}x [{speed.low:.2f}, {speed.high:.2f}]"
-            self.add(name, case.name, f"{recipe}, time of dense INT8 / this", speed.ratio, text, least=1.1, aim=1.3)
+            self.add(name, case.name, f"{recipe}, time of dense INT8 / this", speed.ratio, text, least=least, aim=aim)
 
     # -- what they share ------------------------------------------------------------------------------------------
 
