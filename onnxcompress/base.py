@@ -31,6 +31,7 @@ from onnxcompress.shapes import GraphStats, graph_stats
 if TYPE_CHECKING:
     from onnxcompress.data import Dataset
     from onnxcompress.quantization.variants import Variants
+    from onnxcompress.stages import Stages
 
 __all__ = [
     "Change",
@@ -119,6 +120,8 @@ class PassReport:
     details: dict[str, Any] = field(default_factory=dict)
     #: reports of the passes of a pipeline, in order
     children: tuple[PassReport, ...] = ()
+    #: the pass did not run: its result was that of an earlier run, with the seconds of that
+    reused: bool = False
 
     @property
     def changed(self) -> bool:
@@ -178,6 +181,8 @@ class Context:
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress)
     work_dir: Path | None = None
+    #: where results of finished passes are kept and found
+    stages: Stages | None = None
     #: the float graph as the quantising pass of this run was given it: it computes what ``original`` does, but its
     #: tensors may be scaled (equalize_layers), and so are those of the quantised graph
     reference: Graph | None = None
@@ -218,6 +223,28 @@ class Pass(BaseModel, ABC):
         """True where the pass reads calibration data; it is then not started without any."""
         return False
 
+    def hold_out(self, data: Dataset, seed: int) -> tuple[Dataset, Dataset] | None:
+        """(the rest, samples that this pass judges by), so that a recipe can keep the latter from the passes before it.
+
+        What was fitted to a sample looks better on it than it is. None: there are none.
+        """
+        return None
+
+    def check_available(self) -> None:
+        """Raise where what the pass needs is not installed or not there; asked before any pass of a recipe runs.
+
+        Raises:
+            RuntimeUnavailableError: a package is not installed.
+            UsageError: a file that an option names is not there.
+        """
+
+    def depends_on(self) -> Any:
+        """What the result depends on beside the graph, the options and the context, as plain data.
+
+        The contents of files that options name.
+        """
+        return None
+
     def requires(self, graph: Graph, context: Context) -> None:
         """Raise an :class:`~onnxcompress.errors.OnnxCompressError` where the pass cannot start."""
 
@@ -228,13 +255,18 @@ class Pass(BaseModel, ABC):
     def ensures(self, before: Graph, after: Graph, context: Context) -> None:
         """Raise where the result breaks a promise that can be checked on the graphs alone."""
 
+    def _check_start(self, context: Context) -> None:
+        """What can be said before any pass of a recipe runs."""
+        if self.needs_data and context.data is None:
+            raise DataError(f"{self.name} needs calibration data; give some samples with --data")
+        self.check_available()
+
     def __call__(self, graph: Graph, context: Context | None = None) -> PassResult:
         """Run the pass on a copy of ``graph``; the argument is not changed."""
         context = context if context is not None else Context()
         start = time.perf_counter()
         warned = len(context.warnings)
-        if self.needs_data and context.data is None:
-            raise DataError(f"{self.name} needs calibration data; give some samples with --data")
+        self._check_start(context)
         self.requires(graph, context)
         after = copy_graph(graph)
         changes: list[Change] = []

@@ -38,6 +38,7 @@ from onnxcompress.quantization.variants import Variants
 from onnxcompress.recipe import Recipe
 from onnxcompress.session import Session
 from onnxcompress.shapes import infer_shapes, node_macs
+from onnxcompress.stages import open_stages
 
 __all__ = ["SEARCH_SHARE", "BudgetedRun", "run_within_budget"]
 
@@ -114,7 +115,9 @@ class _Runner:
         self, recipe: Recipe, graph: Graph, context: Context, goals: Sequence[Goal], asked: bool, time_it: bool
     ) -> None:
         self._graph = graph
-        self._context = context
+        # What took long does not run again because a layer after it returns to float.
+        self._context = context if context.stages is not None else replace(context, stages=open_stages())
+        self._given = context
         self._goals = goals
         self._asked = asked
         self._time_it = time_it
@@ -140,8 +143,9 @@ class _Runner:
         outcome = self._first(searches)
         if self._time_it and outcome.variants is not None and outcome.variants.target.audited:
             self._return_islands(outcome)
-        self._context.warnings += [w for w in self._last.warnings if w not in self._context.warnings]
-        self._context.reference, self._context.variants = self._last.reference, self._last.variants
+        for warning in self._last.warnings:
+            self._given.warn(warning)
+        self._given.reference, self._given.variants = self._last.reference, self._last.variants
         outcome.samples = self._samples()
         return outcome
 
@@ -152,13 +156,20 @@ class _Runner:
             return outcome
         if self._held_out is None:
             assert self._data is not None
-            reading = self._gauge(self._data, _LOOK).read(self._runner(outcome))
-            if self._met(reading):
+            look = self._gauge(self._data, _LOOK)
+            if self._met(look.read(self._runner(outcome))) or self._is_hopeless(outcome, look):
                 return outcome
             if not self._hold_out():
                 return outcome
             outcome = self._pass(self._recipe)
         return self._searched(outcome)
+
+    def _is_hopeless(self, outcome: BudgetedRun, look: Gauge) -> bool:
+        """True where all layers in float would miss the budget as well: pruning, say, is not undone by that."""
+        if outcome.variants is None or self._others(outcome) or self._static_suffices(outcome, look, self._goals):
+            return False
+        outcome.missed = "the model that was quantised misses it in floats already"
+        return True
 
     def _pass(self, recipe: Recipe) -> BudgetedRun:
         """Run ``recipe`` once."""

@@ -49,6 +49,7 @@ from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_
 from onnxcompress.runtimes import Trace
 from onnxcompress.session import Session, import_onnxruntime
 from onnxcompress.shapes import graph_stats
+from onnxcompress.stages import Stages, open_stages
 from onnxcompress.targets import get_target
 from onnxcompress.verify import check_equivalent, compare
 
@@ -156,6 +157,7 @@ def compress(
     check: bool = True,
     trusted: bool = False,
     hard_links: bool = False,
+    work_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> CompressResult:
     """Compress the model file ``model`` and write the result to ``output``.
@@ -195,6 +197,8 @@ def compress(
         trusted: open the model here at once, without trying it in a process of its own with limits on memory and time
             first (:mod:`onnxcompress.probe`), which targets that run on a GPU do not do either; and as ``hard_links``.
         hard_links: accept external data that has more than one name.
+        work_dir: a folder that keeps what each pass made; where only the end of the recipe changes, the passes before
+            it do not run again. It is made where it is missing, and can be deleted at any time.
         progress: where progress is shown.
 
     Raises:
@@ -228,6 +232,7 @@ def compress(
         probe = stack.enter_context(Probe([model], hard_links=links)) if probed else None
         if verify or benchmark:
             import_onnxruntime()
+        chosen.pipeline().check_available()
         if isinstance(evaluate, str):
             evaluate = load_evaluator(evaluate)
         digests = probe.wait() if probe is not None else {}
@@ -249,6 +254,7 @@ def compress(
             force=force,
             progress=progress if progress is not None else SilentProgress(),
             work_dir=Path(folder),
+            stages=open_stages(work_dir) if not dry_run else None,
         )
         if probe is not None and (note := limits_note()) is not None:
             job.warn(note)
@@ -315,6 +321,7 @@ class _Job:
     force: bool
     progress: Progress
     work_dir: Path
+    stages: Stages | None
     #: ``model``, or a copy that the runtime opens
     runnable: Path = field(default_factory=Path)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -434,6 +441,7 @@ class _Job:
             seed=self.seed,
             progress=self.progress,
             work_dir=self.work_dir,
+            stages=self.stages,
             threads=self.threads,
             warnings=self.warnings,
         )

@@ -66,7 +66,7 @@ def describe_environment() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": package_versions(),
         "cpu": _cpu_name(),
         "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
         "int8": has_int8_dot_product(flags),
@@ -78,6 +78,17 @@ def describe_environment() -> dict[str, Any]:
         "memory_bytes": _memory(),
         "gpus": gpus(),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def processor() -> dict[str, Any]:
+    """What measured times and sums in floating point depend on: the processor, its instruction sets and cores."""
+    flags = cpu_flags()
+    return {
+        "cpu": _cpu_name(),
+        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
+        "cores": [os.cpu_count(), _usable_cores()],
+        "python": platform.python_version(),
     }
 
 
@@ -223,7 +234,8 @@ def _cpuinfo(path: Path, key: str) -> str:
     return ""
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of what results depend on, of packages that are installed."""
     versions = {}
     for package in _PACKAGES:
         try:

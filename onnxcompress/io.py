@@ -40,6 +40,7 @@ from onnxcompress.wire import Bytes, Payload, Split, WireError, join, split
 
 __all__ = [
     "SavedModel",
+    "content_sha256",
     "copy_linked",
     "file_sha256",
     "load",
@@ -626,6 +627,14 @@ def serialize(graph: Graph) -> bytes | None:
     if skeleton.weight_bytes + skeleton.model.ByteSize() > PROTOBUF_LIMIT:
         return None
     return b"".join(_pieces(skeleton, False))
+
+
+def content_sha256(graph: Graph) -> str:
+    """SHA-256 of the model as one message with all its weights, of any size, hexadecimal."""
+    digest = hashlib.sha256()
+    for piece in _pieces(to_skeleton(graph, threshold=EXTERNAL_FROM), False):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def write_files(graph: Graph, folder: str | os.PathLike[str]) -> Path:

@@ -54,6 +54,8 @@ RECIPES: Mapping[str, str] = {
     "int8": "fold, then static INT8 for the target; needs calibration data",
     "int8-accurate": "as int8, closer to the original: ranges are searched by the error at the outputs; slower",
     "prune-int8": "remove channels, repair what remains, then static INT8; needs calibration data",
+    "prune-distil-int8": "remove half, let the original teach what remains, then static INT8; needs the extra distill",
+    "prune-int8-distil": "remove half, static INT8, then let the original teach the quantised network",
     "fp16": "fold, then float16 where it is safe; the default for target cuda",
     "lossless": "fold and clean without changing the outputs; needs no data",
 }

@@ -137,6 +137,7 @@ def _pass_report(report: PassReport) -> dict[str, Any]:
         "before": asdict(report.before),
         "after": asdict(report.after),
         "seconds": report.seconds,
+        "reused": report.reused,
     }
 
 
@@ -291,6 +292,7 @@ def print_compress(console: Console, result: CompressResult) -> None:
     console.print(_before_after(result, result.after))
     if result.report is not None:  # what a pass with an audit refused is told by the audit
         _print_refusals(console, [r for c in result.report.children if "audit" not in c.details for r in c.refusals])
+        _print_reused(console, result.report.children)
     if result.audit is not None:
         _print_audit(console, result.audit)
     if result.search is not None:
@@ -299,6 +301,13 @@ def print_compress(console: Console, result: CompressResult) -> None:
     print_warnings(console, result.warnings)
     if result.saved is not None:
         console.print(f"written: {printable(str(result.saved.path))} ({_bytes(result.saved.bytes)})")
+
+
+def _print_reused(console: Console, reports: Sequence[PassReport]) -> None:
+    """Which passes did not run."""
+    names = [report.name for report in reports if report.reused]
+    if names:
+        _print_line(console, f"reused from the work folder: {', '.join(names)} ({len(names)} of {len(reports)} passes)")
 
 
 def print_warnings(console: Console, warnings: Iterable[str]) -> None:

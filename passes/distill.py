@@ -3,7 +3,13 @@
 The student is the graph as it is, pruned, quantised or both; names and structure stay, weights get better. The teacher
 runs on onnxruntime, the student on torch (:mod:`onnxcompress.executor`), which is first held against onnxruntime. The
 loss compares outputs, and block outputs at the points where both networks compute the same thing. A part of the samples
-is held out; the state that does best on it is kept, and only if it beats the start as onnxruntime serves it.
+is held out, and no pass of the recipe before this one sees it: what was fitted to samples looks better on them than it
+is. The state that does best there, on changed copies where the samples are images, is kept, and only if it beats the
+start as onnxruntime serves it.
+
+The teacher answers alongside, and nothing that it said is kept: images are changed at random, so that no answer is
+asked for twice, and block outputs of all samples are too much to keep (0.3 MB an image of a ResNet-20, 16 GB for
+50,000). Its answers take about a fifth of the time of a step, and memory does not grow with the number of samples.
 
 A network with folded BatchNormalization is fragile: the learning rate is relative to the size of each weight, is found
 by short trials, and warms up.
@@ -29,7 +35,7 @@ from onnxcompress.data import Batch, Dataset
 from onnxcompress.errors import DataError, ModelError, UsageError
 from onnxcompress.executor import import_torch
 from onnxcompress.graph import Graph, input_specs
-from onnxcompress.io import load
+from onnxcompress.io import load, model_files, model_sha256
 from onnxcompress.proto import to_proto
 from onnxcompress.quantization.rounding import integer_bounds
 from onnxcompress.targets import get_target
@@ -53,6 +59,12 @@ _HELD_OUT = 1024
 #: bytes that they may have, unless they were fewer than this
 _HELD_OUT_BYTES = 1 << 28
 _LEAST_HELD_OUT = 64
+#: changed copies of each held-out image, where they are few
+_COPIES = 8
+#: how images are mixed that are seen more often than this (of resnet20 at half, 500 steps on 1,024 images, on others:
+#: agreement 92.0 -> 92.8 without, 93.0 with mixup, 93.3 with cutmix)
+_MIXED = ("cutmix",)
+_OFTEN = 10
 #: usual learning rates
 _RATES = {"adamw": 1e-3, "sgd": 2e-3}
 #: what is tried of them, for how many steps each, and steps from which that is worth its time
@@ -94,7 +106,9 @@ class Distill(Pass):
         "auto", description="What the outputs hold; auto: judged by shape, values and name"
     )
     augment: tuple[str, ...] | None = Field(
-        None, description="Changes of images: flip, crop, mixup, none; default: those that the teacher does not mind"
+        None,
+        description="Changes of images: flip, crop, mixup, cutmix, none; default: flip and crop where the teacher does "
+        "not mind, cutmix where images are few",
     )
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of the samples held out to judge by, at most 1,024")
     checkpoint: str | None = Field(None, description="File to save the state to, and to take it up from")
@@ -102,9 +116,9 @@ class Distill(Pass):
     @field_validator("augment")
     @classmethod
     def _known_changes(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        wrong = [v for v in value or () if v not in ("flip", "crop", "mixup", "none")]
+        wrong = [v for v in value or () if v not in ("flip", "crop", "mixup", "cutmix", "none")]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no change of images; expected flip, crop, mixup or none")
+            raise ValueError(f"{wrong[0]!r} is no change of images; expected flip, crop, mixup, cutmix or none")
         return value
 
     @property
@@ -118,12 +132,31 @@ class Distill(Pass):
         return True
 
     def requires(self, graph: Graph, context: Context) -> None:
-        """There must be a teacher that is not the student, and torch."""
+        """There must be a teacher that is not the student."""
         if self.teacher is None and (context.original is None or context.original is graph):
             raise UsageError("distill learns from another model; name it with --teacher, or run distill in a recipe")
+
+    def hold_out(self, data: Dataset, seed: int) -> tuple[Dataset, Dataset] | None:
+        """(what is learned from, what is judged by); None where there are too few samples."""
+        first = data.first()
+        each = sum(value.nbytes for value in first.feeds.values()) / first.samples
+        most = min(_HELD_OUT, max(_LEAST_HELD_OUT, int(_HELD_OUT_BYTES / max(each, 1))))
+        try:
+            return data.split(min(self.held_out, most / data.samples), seed)
+        except DataError:
+            return None
+
+    def check_available(self) -> None:
+        """Torch, the teacher's file and the checkpoint's folder."""
+        if self.teacher is not None:
+            model_files(self.teacher)
         if self.checkpoint is not None and not Path(self.checkpoint).absolute().parent.is_dir():
             raise UsageError(f"the folder of the checkpoint {self.checkpoint!r} does not exist; create it first")
         import_torch()
+
+    def depends_on(self) -> str | None:
+        """The contents of the teacher's files."""
+        return None if self.teacher is None else model_sha256(self.teacher)
 
     def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision | Detail]:
         """Check, train, and keep what beats the start."""
@@ -146,8 +179,14 @@ class _Judgement:
     """Loss and agreement with the teacher on held-out samples, as onnxruntime serves the student."""
 
     loss: float
-    agreement: float
+    #: [samples]
+    agreements: Array
     sqnr_db: float
+
+    @property
+    def agreement(self) -> float:
+        """Its mean."""
+        return float(self.agreements.mean())
 
 
 class _Lesson:
@@ -181,20 +220,19 @@ class _Lesson:
                 teacher, [t.teacher for t in self._objective.blocks], optimization="all", threads=self._threads
             )
         self._session = session
+        self._images, self._changed = self._changes()
+        self._samples = sum(batch.samples for batch in self._held)
+        self._copies = 1
+        self._held = self._moved()
 
     # -- what to learn from -----------------------------------------------------------------------------------------
 
     def _split(self, data: Dataset) -> tuple[Dataset, list[Batch]]:
-        first = data.first()
-        each = sum(value.nbytes for value in first.feeds.values()) / first.samples
-        most = min(_HELD_OUT, max(_LEAST_HELD_OUT, int(_HELD_OUT_BYTES / max(each, 1))))
-        share = min(self._options.held_out, most / data.samples)
-        try:
-            train, held = data.split(share, self._context.seed)
-        except DataError:
+        parts = self._options.hold_out(data, self._context.seed)
+        if parts is None:
             self._context.warn("too few samples to hold any out; distillation was judged on what it learned from")
-            train = held = data
-        return train, list(held)
+            parts = data, data
+        return parts[0], list(parts[1])
 
     def _ask_teacher(self, feeds: Tensors) -> Tensors:
         return self._session.run(dict(feeds), self._wanted)
@@ -240,7 +278,7 @@ class _Lesson:
 
     def run(self) -> Iterator[Change | Refusal | Decision | Detail]:
         """Train, write the weights back, and judge."""
-        from onnxcompress.executor.training import deterministic
+        from onnxcompress.executor.training import CHANCE, deterministic, surely
 
         start = self._judge(self._graph)
         with deterministic(self._context.threads, self._device):
@@ -248,7 +286,7 @@ class _Lesson:
         untouched = [(item.constant, item.constant._values) for item in network.trained]
         changed = network.write_back() if outcome.improved else []
         end = self._judge(self._graph) if changed else start
-        if changed and not (end.loss < start.loss and end.agreement >= start.agreement):
+        if changed and not (end.loss < start.loss and surely(start.agreements, end.agreements) <= CHANCE):
             for constant, values in untouched:  # half precision may lose what was won
                 constant._values = values
             changed, end = [], start
@@ -262,8 +300,8 @@ class _Lesson:
             yield Change(
                 "distilled",
                 "",
-                f"{len(changed)} weights, {outcome.steps} steps; on {sum(b.samples for b in self._held)} held-out "
-                f"samples agreement {100 * start.agreement:.2f} -> {100 * end.agreement:.2f} %, "
+                f"{len(changed)} weights, {outcome.steps} steps; on {self._samples} held-out samples "
+                f"agreement {100 * start.agreement:.2f} -> {100 * end.agreement:.2f} %, "
                 f"SQNR {start.sqnr_db:.2f} -> {end.sqnr_db:.2f} dB",
             )
         else:
@@ -286,7 +324,6 @@ class _Lesson:
         largest = get_target(context.target).weights.largest_pair
         if largest is not None:
             _bound_pairs(network, largest)
-        images, changes = self._changes()
         shuffled = Shuffled(self._train, options.batch_size, context.seed)
         settings = Settings(
             steps=options.steps or 1,
@@ -297,8 +334,9 @@ class _Lesson:
             clip=options.clip,
             average=options.average,
             seed=context.seed,
-            images=tuple(images),
-            changes=tuple(changes),
+            images=tuple(self._images),
+            changes=tuple(self._changed),
+            copies=self._copies,
             stop_after=options.stop_after,
         )
         checkpoint = (Path(options.checkpoint), self._key()) if options.checkpoint is not None else None
@@ -320,11 +358,22 @@ class _Lesson:
             known = read_checkpoint(checkpoint)
             steps = known["steps"] if known is not None else self._affordable(trainer(settings))
             settings = replace(settings, steps=steps, seconds=60 * options.minutes)
+        settings = replace(settings, changes=(*settings.changes, *self._mixing(settings.steps)))
         if options.learning_rate is None and settings.steps >= _LEAST_FOR_TRIALS:
             known = read_checkpoint(checkpoint)
             rate = known["learning_rate"] if known is not None else self._rate(trainer(settings))
             settings = replace(settings, learning_rate=rate)
         return trainer(settings).run(), network, settings
+
+    def _mixing(self, steps: int) -> Sequence[str]:
+        """Ways to mix images, where nobody says otherwise and images are so few that they would be learned by heart.
+
+        A teacher has an answer for any image, so what it says to a mixed one is worth learning, too.
+        """
+        options = self._options
+        if options.augment is not None or not self._images or (options.label_weight and self._train.has_labels):
+            return ()
+        return _MIXED if steps * options.batch_size >= _OFTEN * self._train.samples else ()
 
     def _rate(self, trainer: Trainer) -> float:
         """The learning rate with the lowest loss after a short training."""
@@ -371,10 +420,29 @@ class _Lesson:
                 changes.append(change)
         return images, changes
 
+    def _moved(self) -> list[Batch]:
+        """What is judged by: of images that may be changed, changed copies of the held-out ones.
+
+        Whatever made the student may have been fitted to the samples themselves, and does better on them than it is.
+        """
+        from onnxcompress.executor.samples import MIXING, augment
+
+        changes = [change for change in self._changed if change not in MIXING]
+        if not self._images or not changes:
+            return self._held
+        size = sum(value.nbytes for batch in self._held for value in batch.feeds.values())
+        self._copies = max(1, min(_COPIES, 2 * _HELD_OUT // self._samples, int(_HELD_OUT_BYTES / max(size, 1))))
+        generator = np.random.default_rng([self._context.seed, 3])
+        return [
+            Batch(augment(batch.feeds, self._images, changes, generator), batch.labels, batch.samples)
+            for _ in range(self._copies)
+            for batch in self._held
+        ]
+
     def _key(self) -> str:
         """What a checkpoint belongs to."""
         assert self._context.data is not None
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"2")  # layout of the checkpoint
         for graph in (self._graph, self._teacher):
             digest.update(to_proto(graph).SerializeToString(deterministic=True))
         digest.update(self._context.data.fingerprint().encode())
@@ -393,7 +461,8 @@ class _Lesson:
         from onnxcompress.session import Session
 
         session = Session(graph, optimization="disabled", threads=self._threads)
-        loss, agreement, count, error, signal = 0.0, 0.0, 0, 0.0, 0.0
+        loss, count, error, signal = 0.0, 0, 0.0, 0.0
+        agreements: list[Array] = []
         with torch.no_grad():
             for batch in self._held:
                 found = session.run(dict(batch.feeds))
@@ -401,14 +470,15 @@ class _Lesson:
                 a = {t.student: as_tensor(found[t.student]) for t in self._objective.outputs}
                 b = {t.teacher: as_tensor(wanted[t.teacher]) for t in self._objective.outputs}
                 each = self._objective.agreement(a, b)
-                loss += float(self._objective.output_loss(a, b)) * len(each)
-                agreement, count = agreement + float(each.sum()), count + len(each)
+                loss, count = loss + float(self._objective.output_loss(a, b)) * len(each), count + len(each)
+                agreements.append(each.double().numpy())
                 for target in self._objective.outputs:
                     theirs = b[target.teacher].double()
                     error += float((a[target.student].double() - theirs).square().sum()) / target.power
                     signal += float(theirs.square().sum()) / target.power
         decibels = 10 * np.log10(signal / error) if error > 0 else float("inf")
-        return _Judgement(loss / count, agreement / count, float(decibels))
+        each_sample = np.concatenate(agreements).reshape(self._copies, -1).mean(0)
+        return _Judgement(loss / count, each_sample, float(decibels))
 
     def _told(self, outcome: Outcome, start: _Judgement, end: _Judgement, changes: Sequence[str]) -> dict[str, Any]:
         """For the report; plain numbers."""
@@ -416,7 +486,7 @@ class _Lesson:
             "outputs": {t.student: t.kind for t in self._objective.outputs},
             "blocks": [t.student for t in self._objective.blocks],
             "augment": list(changes),
-            "samples": {"train": self._train.samples, "held_out": sum(b.samples for b in self._held)},
+            "samples": {"train": self._train.samples, "held_out": self._samples},
             "steps": outcome.steps,
             "best_step": outcome.best.step,
             "seconds": round(outcome.seconds, 1),

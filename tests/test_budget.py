@@ -170,3 +170,14 @@ def test_a_budget_that_only_the_search_could_keep_is_told(run: Callable[..., Com
     scores = iter([0.9, 0.5])
     with pytest.raises(AccuracyError, match=r"the budget is 1; on 24 samples of the search it is kept: calibrate on"):
         run(evaluate=lambda answer: next(scores), max_drop=1.0)
+
+
+def test_what_floats_miss_as_well_is_not_searched(run: Callable[..., CompressResult]) -> None:
+    """No sample is held out, and nothing runs twice, where what pruning took is far beyond the budget."""
+    pruned = "version: 1\npasses: [{prune_channels: {macs: 0.1, recover: false, round_to: 1}}, insert_qdq]\n"
+    result = run("sound", recipe=parse_recipe(pruned), check=False)
+    assert isinstance(result.failure, AccuracyError)
+    assert "in floats already" in str(result.failure)
+    assert result.search is None
+    assert "search" not in result.samples
+    assert excluded(result.recipe) == []

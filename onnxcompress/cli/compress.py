@@ -32,7 +32,8 @@ __all__ = ["compress"]
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
-    help="int8, int8-accurate, prune-int8, fp16, lossless, or a YAML file; default: int8 (for cuda: fp16).",
+    help="int8, int8-accurate, prune-int8, prune-distil-int8, prune-int8-distil, fp16, lossless, or a YAML file; "
+    "default: int8 (for cuda: fp16).",
 )
 @click.option("--evaluate", metavar="FILE.py:FUNCTION", help="Task metric: gets a function that runs the model.")
 @click.option(
@@ -65,6 +66,12 @@ __all__ = ["compress"]
 )
 @click.option("--force", is_flag=True, help="Write the result although it misses a budget.")
 @click.option("--save-recipe", metavar="FILE", type=FILE, help="Write the recipe with everything that was decided.")
+@click.option(
+    "--work-dir",
+    metavar="FOLDER",
+    type=click.Path(file_okay=False, path_type=str),
+    help="Keep what each pass made there; passes before what changes in the recipe, the data or the model are reused.",
+)
 @click.option("--dry-run", is_flag=True, help="Check model, recipe and data, print the plan, write nothing.")
 @page_option
 @trust_options

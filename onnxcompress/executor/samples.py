@@ -5,6 +5,7 @@ Nothing here has a state that would have to be saved: what a step gets follows f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,14 +15,16 @@ from numpy.typing import NDArray
 from onnxcompress.data import Batch, Dataset
 from onnxcompress.graph import InputSpec
 
-__all__ = ["AUGMENTATIONS", "MEMORY", "Shuffled", "augment", "image_inputs", "rows_of"]
+__all__ = ["AUGMENTATIONS", "MEMORY", "MIXING", "Shuffled", "augment", "image_inputs", "rows_of"]
 
 Array = NDArray[Any]
 
 #: bytes of samples that are held at a time
 MEMORY = 3 << 28
 #: changes of images that can be asked for
-AUGMENTATIONS = ("flip", "crop", "mixup")
+AUGMENTATIONS = ("flip", "crop", "mixup", "cutmix")
+#: those that make one image of two
+MIXING = ("mixup", "cutmix")
 #: share of the size by which a crop moves an image at most
 _SHIFT = 8
 
@@ -42,7 +45,12 @@ def image_inputs(specs: Sequence[InputSpec], feeds: Mapping[str, Array]) -> list
 def augment(
     feeds: Mapping[str, Array], images: Sequence[str], changes: Sequence[str], generator: np.random.Generator
 ) -> dict[str, Array]:
-    """``feeds`` with its ``images`` flipped, moved and mixed, each sample at random; all of a sample's alike."""
+    """``feeds`` with its ``images`` flipped, moved and mixed, each sample at random; all of a sample's alike.
+
+    Of the ways to mix each takes as many samples as stay unmixed.
+
+    Source: H. Zhang et al., "mixup", ICLR 2018; S. Yun et al., "CutMix", ICCV 2019.
+    """
     changed = dict(feeds)
     if not images or not changes:
         return changed
@@ -50,17 +58,34 @@ def augment(
     mirrored = generator.random(count) < 0.5
     shifts = generator.random((count, 2))
     partners, shares = generator.permutation(count), generator.random(count)
+    mixing = [change for change in MIXING if change in changes]
+    ways = generator.integers(0, len(mixing) + 1, count)
+    corners = generator.random((count, 2))
     for name in images:
         x = changed[name].copy()
         if "flip" in changes:
             x[mirrored] = x[mirrored][..., ::-1]
         if "crop" in changes:
             x = _cropped(x, shifts)
-        if "mixup" in changes:
-            share = shares.astype(x.dtype)[:, None, None, None]
-            x = share * x + (1 - share) * x[partners]
+        whole = x.copy() if mixing else x
+        for number, way in enumerate(mixing):
+            for i in np.flatnonzero(ways == number):
+                if way == "mixup":
+                    share = x.dtype.type(shares[i])
+                    x[i] = share * whole[i] + (1 - share) * whole[partners[i]]
+                else:
+                    place = _box(x.shape[2:], shares[i], corners[i])
+                    x[i][:, *place] = whole[partners[i]][:, *place]
         changed[name] = x
     return changed
+
+
+def _box(size: tuple[int, ...], share: float, corner: NDArray[np.float64]) -> tuple[slice, slice]:
+    """A part of an image of which about ``share`` stays outside."""
+    sides = [max(1, round(math.sqrt(1 - share) * length)) for length in size]
+    starts = [int(c * (length - side + 1)) for c, length, side in zip(corner, size, sides, strict=True)]
+    rows, columns = (slice(start, start + side) for start, side in zip(starts, sides, strict=True))
+    return rows, columns
 
 
 def _cropped(x: Array, shifts: NDArray[np.float64]) -> Array:

@@ -31,13 +31,16 @@ from onnxcompress.executor.network import Network
 from onnxcompress.executor.samples import Shuffled, augment
 from onnxcompress.executor.spec import as_tensor
 
-__all__ = ["Evaluation", "Outcome", "Settings", "Trainer", "deterministic", "read_checkpoint", "surely"]
+__all__ = ["CHANCE", "Evaluation", "Outcome", "Settings", "Trainer", "deterministic", "read_checkpoint", "surely"]
 
 Array = NDArray[Any]
 Teacher = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
-#: standard errors by which a state must beat the start: few held-out samples let chance win otherwise
-SURE = 2.0
+#: standard errors by which a state must beat the start: few held-out samples let chance win otherwise. A gain of one
+#: is worth more than it risks; with two, 500 steps that gained a point of accuracy were thrown away
+SURE = 1.0
+#: standard errors by which the agreement may be lower than at the start: that much is chance
+CHANCE = 1.0
 #: least root mean square that a weight and a vector are taken to have
 _SMALL_WEIGHT, _SMALL_VECTOR = 1e-3, 1e-2
 #: seconds between two checkpoints
@@ -63,6 +66,8 @@ class Settings:
     evaluations: int = 20
     images: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+    #: how often each held-out sample is there, changed in other ways; all of them once, then all again
+    copies: int = 1
     #: stop there, though the schedule is longer
     stop_after: int | None = None
     #: how long it should take, where that matters
@@ -92,10 +97,12 @@ class Evaluation:
     training: float | None = None
     #: how much lower the loss is than at the start, in standard errors of the paired difference
     gain: float = 0.0
+    #: how much lower the agreement is than at the start, in standard errors
+    lost: float = 0.0
 
-    def better_than(self, other: Evaluation, start: Evaluation) -> bool:
-        """True where the loss is lower, surely lower than at the start, and the agreement not below that."""
-        return self.loss < other.loss and self.gain >= SURE and self.agreement >= start.agreement
+    def better_than(self, other: Evaluation) -> bool:
+        """True where the loss is lower, and surely lower than at the start, and the agreement not below that."""
+        return self.loss < other.loss and self.gain >= SURE and self.lost <= CHANCE
 
 
 @dataclass
@@ -195,7 +202,8 @@ class Trainer:
         self._optimizer = self._make_optimizer()
         judged = {target.teacher for target in objective.outputs}  # block outputs of all samples would be too much
         self._held = [(b.feeds, {n: v for n, v in self._answers(b.feeds).items() if n in judged}) for b in held_out]
-        self._start: Array = np.empty(0)
+        #: losses and agreements of the start, sample by sample
+        self._start: tuple[Array, Array] = np.empty(0), np.empty(0)
         self._average = [p.detach().clone() for p in self._parameters] if settings.average else []
 
     def _make_optimizer(self) -> Any:
@@ -291,7 +299,7 @@ class Trainer:
                 found = self.evaluate(step + 1, float(np.mean(losses)))
                 losses = []
                 outcome.curve.append(found)
-                if found.better_than(outcome.best, outcome.start):
+                if found.better_than(outcome.best):
                     outcome.best = found
                     best = self._state()
                 describe = getattr(self._progress, "describe", None)
@@ -304,7 +312,7 @@ class Trainer:
         if outcome.curve[-1].step != outcome.steps and losses and not outcome.diverged:  # cut short
             found = self.evaluate(outcome.steps, float(np.mean(losses)))
             outcome.curve.append(found)
-            if found.better_than(outcome.best, outcome.start):
+            if found.better_than(outcome.best):
                 outcome.best, best = found, self._state()
         with torch.no_grad():
             for parameter, value in zip(self._parameters, best, strict=True):
@@ -347,22 +355,22 @@ class Trainer:
         if own is not None:
             self._put(self._average)
         losses: list[Tensor] = []
-        agreement, count = 0.0, 0
+        agreements: list[Tensor] = []
         with torch.no_grad():
             for feeds, wanted in self._held:
                 found = self._network(self._network.feeds(feeds))
-                each = self._objective.agreement(found, wanted)
+                agreements.append(self._objective.agreement(found, wanted).double().cpu())
                 losses.append(self._objective.sample_losses(found, wanted).double().cpu())
-                agreement += float(each.sum())
-                count += len(each)
         if own is not None:
             self._put(own)
-        if not count:
+        if not losses:
             raise DataError("there are no held-out samples to judge by; give more samples")
-        all_losses = torch.cat(losses).numpy()
+        copies = self._settings.copies  # those of one sample are no more evidence than one
+        loss, agreement = (torch.cat(found).numpy().reshape(copies, -1).mean(0) for found in (losses, agreements))
         if not step:
-            self._start = all_losses
-        return Evaluation(step, float(all_losses.mean()), agreement / count, training, surely(self._start, all_losses))
+            self._start = loss, agreement
+        gain, lost = surely(self._start[0], loss), surely(self._start[1], agreement)
+        return Evaluation(step, float(loss.mean()), float(agreement.mean()), training, gain, lost)
 
     def _put(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():
@@ -385,7 +393,7 @@ class Trainer:
             for name, value in self._optimizer.state[parameter].items():
                 if isinstance(value, Tensor):
                     arrays[f"optimizer.{i}.{name}"] = value.detach().cpu().contiguous().numpy()
-        curve = [[e.step, e.loss, e.agreement, e.training, e.gain] for e in outcome.curve]
+        curve = [[e.step, e.loss, e.agreement, e.training, e.gain, e.lost] for e in outcome.curve]
         about = {"key": key, "step": step, "best": outcome.best.step, "curve": curve, "steps": self._settings.steps}
         about["learning_rate"] = self._settings.learning_rate
         arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
@@ -402,7 +410,7 @@ class Trainer:
         about = read_checkpoint(self._checkpoint)
         if about is None or self._checkpoint is None or about["steps"] != self._settings.steps:
             return 0, None, None
-        curve = [Evaluation(int(s), loss, agreement, t, gain) for s, loss, agreement, t, gain in about["curve"]]
+        curve = [Evaluation(int(step), *figures) for step, *figures in about["curve"]]
         best: list[Tensor] = []
         with np.load(self._checkpoint[0], allow_pickle=False) as stored, torch.no_grad():
             for i, parameter in enumerate(self._parameters):
