@@ -35,9 +35,10 @@ Ints = NDArray[np.int64]
 _CHOICES = 96
 #: error of an output that is measured as none
 _TINY = 1e-12
-#: error of the outputs that counts as much as a doubling of speed, the exchange that ``quantize_dynamic`` uses; so time
-#: to this power counts like the error
-_DECIBELS = 10.0
+#: error of the outputs that counts as much as a doubling of speed; so time to this power counts like the error. From
+#: training images alone: of 2,000 that calibration had not seen, a ResNet-56 at half of its multiply-accumulates got
+#: 98.75, 98.65 and 98.70 % right (99.95 % whole) with 10, 12 and 15 dB, while its predicted time fell by 8 %
+_DECIBELS = 15.0
 _TIME_POWER = _DECIBELS / (10 * log10(2))
 #: weights of the time against the cost that are tried
 _TIME_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
