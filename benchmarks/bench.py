@@ -142,7 +142,7 @@ class Bench:
         if least is not None or most is not None:
             passed = (least is None or value >= least) and (most is None or value <= most)
             target = target or (f">= {least:g}" if least is not None else f"<= {most:g}")
-        reached = None if aim is None else value >= aim
+        reached = None if aim is None else value >= aim if most is None else value <= aim
         if aim is not None:
             target += f"; aim {aim:g}"
         row = Row(part, case, measure, float(value), text, target, passed, reached)

@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -220,15 +220,30 @@ def write(model: Any, sample: Any, path: Path, exporter: str) -> None:
 # ---- check: needs onnxcompress --------------------------------------------------------------------------------------
 
 
-def check(folder: Path, only: str | None, verbose: bool) -> int:
-    """Cut every file of ``folder`` and compare."""
+def check(folder: Path, only: str | None, verbose: bool, output: Path | None) -> int:
+    """Cut every file of ``folder`` and compare; with ``output`` as JSON there, and as a table beside it."""
+    from bench import revision
+
+    from onnxcompress.environment import describe_environment
+
     rows = []
     for path in sorted(folder.glob("*.onnx")):
         if only is None or only in path.name:
             rows.append(check_file(path, verbose))
             print(line(rows[-1]), flush=True)
     failed = [row["model"] for row in rows if not row["passed"]]
-    print(json.dumps({"aim": AIM, "tolerance": TOLERANCE, "models": rows, "failed": failed}))
+    facts = {
+        "aim": AIM,
+        "tolerance": TOLERANCE,
+        "environment": describe_environment(),
+        "revision": revision(),
+        "models": rows,
+        "failed": failed,
+    }
+    if output is not None:
+        output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        output.with_suffix(".md").write_text(markdown(facts), encoding="utf-8")
+    print(json.dumps(facts))
     return 1 if failed or not rows else 0
 
 
@@ -303,6 +318,32 @@ def difference(first: Any, second: Any, graph: Any, batch: int) -> float:
     return max(o.relative_l2 for o in compare(first, second, data))
 
 
+def markdown(facts: Mapping[str, Any]) -> str:
+    """A line a topology and exporter."""
+    from common import table
+
+    cells = [
+        (
+            *row["model"].split("."),
+            f"{row['macs']:.3f}" if "macs" in row else "",
+            f"{row['relative_l2']:.1e}" if "relative_l2" in row else "",
+            f"{row['free']} of {row['groups']}" if "free" in row else "",
+            row.get("error", "PASS" if row["passed"] else "FAIL"),
+        )
+        for row in facts["models"]
+    ]
+    head = ("topology", "exporter", "MACs left", "relative L2 to the masked original", "groups that may be cut", "")
+    commit = f" at {facts['revision']}" if facts["revision"] else ""
+    passed = len(facts["models"]) - len(facts["failed"])
+    return (
+        f"Measured {facts['environment']['date'][:10]}{commit} by "
+        f"`python benchmarks/pruning_coverage.py check FOLDER`: "
+        f"{passed} of {len(facts['models'])} exports with random weights reach {facts['aim']:g} of their "
+        f"multiply-accumulates, random channels gone, and equal their masked original to {facts['tolerance']:g} "
+        f"(Swin may decline).\n\n{table(head, cells, aligned=False)}\n"
+    )
+
+
 def line(row: dict[str, Any]) -> str:
     """One line of the table."""
     if "error" in row:
@@ -320,11 +361,12 @@ def main() -> int:
     parser.add_argument("step", choices=("export", "check"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", help="part of a file name")
+    parser.add_argument("--output", type=Path, help="write the JSON of a check here, and its table beside it, as .md")
     parser.add_argument("--verbose", action="store_true", help="list the groups, show tracebacks")
     arguments = parser.parse_args()
     if arguments.step == "export":
         return export(arguments.folder, arguments.only)
-    return check(arguments.folder, arguments.only, arguments.verbose)
+    return check(arguments.folder, arguments.only, arguments.verbose, arguments.output)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ from onnxcompress.lockstep import Advance
 from onnxcompress.passes.prune_channels import PruneChannels
 from onnxcompress.proto import from_proto, to_proto
 from onnxcompress.pruning import reconstruct
-from onnxcompress.pruning.allocation import CostBudget, Curve, allocate, judged_outputs, output_effects, uniform
+from onnxcompress.pruning.allocation import CostBudget, Curve, allocate, output_effects, uniform
 from onnxcompress.pruning.branches import drop_branches, drop_constants, vanishing
 from onnxcompress.pruning.choose import Aim, Chooser
 from onnxcompress.pruning.costs import ChannelCosts
 from onnxcompress.pruning.importance import Readers, Removal, batch_norm_scales, eliminate, scores
 from onnxcompress.pruning.mixing import find_mixing_layers
+from onnxcompress.pruning.outputs import OutputError, judged_outputs
 from onnxcompress.pruning.reconstruct import Recovery, recover
 from onnxcompress.pruning.surgery import remove_channels
 from onnxcompress.pruning.timing import saved_times
@@ -197,7 +198,50 @@ def test_probabilities_are_judged_in_front_of_their_softmax() -> None:
     x = net.add("Gemm", net.add("Flatten", image(net)), net.random(192, 4))
     net.add("Softmax", x, to="y", axis=1)
     net.output("y", ["N", 4])
-    assert judged_outputs(from_proto(net.model())) == [x]
+    assert judged_outputs(from_proto(net.model())) == {x: (1, 2)}
+
+
+def test_axes_of_probabilities_follow_the_operator_set() -> None:
+    for opset, expected in ((11, (1, 0)), (13, (-2, -1))):
+        net = Net(opset=opset)
+        x = net.add("Reshape", image(net), net.ints(0, 48, 4))
+        net.add("Softmax", x, to="y", axis=1 if opset < 13 else -2)
+        net.output("y", ["N", 48, 4])
+        assert judged_outputs(from_proto(net.model())) == {x: expected}
+
+
+def test_probabilities_are_judged_by_their_divergence() -> None:
+    rng = np.random.default_rng(0)
+    expected, found = (3 * rng.standard_normal((2, 5, 7)).astype(np.float32) for _ in range(2))
+
+    def chances(logits: Any, axis: Any) -> Any:
+        values = np.exp(logits.astype(np.float64))
+        return values / values.sum(axis=axis, keepdims=True)
+
+    for axes, summed in (((1, 2), (1,)), ((-1, 0), (2,)), ((1, 0), (1, 2)), ((-2, -1), (1,))):
+        p, q = (np.moveaxis(chances(x, summed), summed, range(-len(summed), 0)) for x in (expected, found))
+        p, q = (x.reshape(-1, np.prod([expected.shape[a] for a in summed])) for x in (p, q))
+        mean = p.mean(axis=0)
+        wanted = (p * np.log(p / q)).sum() / (p * np.log(p / mean)).sum()
+        errors = OutputError({"y": axes})
+        for one, other in zip(expected, found, strict=True):
+            errors.add({"y": one[None]}, {"y": other[None]})
+        assert errors.relative() == pytest.approx(wanted, rel=1e-6)
+        shifted = OutputError({"y": axes})
+        shifted.add({"y": expected}, {"y": expected + np.float32(3)})
+        assert shifted.relative() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_one_mean_answer_to_all_is_worth_nothing_and_no_number_counts_as_the_worst() -> None:
+    logits = np.log(np.array([[0.9, 0.1], [0.2, 0.8]], np.float32))
+    mean = np.log(np.array([[0.55, 0.45]] * 2, np.float32))
+    errors = OutputError({"y": (1, 2)})
+    errors.add({"y": logits}, {"y": mean})
+    assert errors.relative() == pytest.approx(1.0, rel=1e-5)
+    for judged in (None, (1, 2)):
+        broken = OutputError({"y": judged})
+        broken.add({"y": logits}, {"y": np.full_like(logits, np.nan)})
+        assert broken.relative() > 1e100
 
 
 def budgeted() -> tuple[CostBudget, dict[str, Curve], dict[str, int]]:
@@ -208,6 +252,27 @@ def budgeted() -> tuple[CostBudget, dict[str, Curve], dict[str, int]]:
         group.name: Curve(rate * np.arange(13.0) ** 2, np.arange(12)) for group, rate in zip(groups, rates, strict=True)
     }
     return CostBudget(costs_of(graph, groups)), curves, full
+
+
+def test_error_and_time_are_weighed_and_the_best_of_both_is_taken() -> None:
+    budget, curves, full = budgeted()
+    first, second = curves
+    # The second group is the dearer one by error alone; only its channels save time.
+    for saves in (0.0, 0.05):
+        saved = {first: np.zeros(13), second: saves * np.arange(13.0)}
+        timed = {name: Curve(curve.error, curve.allowed, saved[name]) for name, curve in curves.items()}
+        found = allocate(budget, timed, 0.7, full)
+        each = [allocate(budget, timed, 0.7, full, time_weights=(weight,)) for weight in (0.0, 0.75)]
+
+        def worth(kept: Mapping[str, int], timed: Mapping[str, Curve] = timed) -> float:
+            gone = {name: full[name] - count for name, count in kept.items()}
+            error = sum(timed[name].error[count] for name, count in gone.items())
+            time = 1 - sum(curve.saved[gone[name]] for name, curve in timed.items() if curve.saved is not None)
+            return float(10 * np.log10(error) + 15 * np.log2(time))  # dB; 15 of them a doubling of speed
+
+        assert worth(found) <= min(worth(kept) for kept in each) + 1e-9
+        assert each[1][second] <= each[0][second]
+        assert (found == each[0]) == (saves == 0.0)
 
 
 @pytest.mark.parametrize("target", [0.95, 0.7, 0.5])

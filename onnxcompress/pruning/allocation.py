@@ -10,7 +10,8 @@ remain) is then spent greedily, where an output error buys the most (:func:`allo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import log10
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,8 +23,9 @@ from onnxcompress.graph import Graph, Names
 from onnxcompress.lockstep import Advance
 from onnxcompress.pruning.costs import ChannelCosts
 from onnxcompress.pruning.importance import Removal
+from onnxcompress.pruning.outputs import OutputError, judged_outputs
 
-__all__ = ["Budget", "Curve", "allocate", "judged_outputs", "output_effects", "uniform"]
+__all__ = ["Budget", "Curve", "allocate", "output_effects", "uniform"]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -33,9 +35,14 @@ Ints = NDArray[np.int64]
 _CHOICES = 96
 #: error of an output that is measured as none
 _TINY = 1e-12
-#: time to this power counts like the error of the outputs when whole branches are weighed, and how much larger the
-#: error may become by them in all
-_TIME_POWER = 6.0
+#: error of the outputs that counts as much as a doubling of speed; so time to this power counts like the error. From
+#: training images alone: of 2,000 that calibration had not seen, a ResNet-56 at half of its multiply-accumulates got
+#: 98.75, 98.65 and 98.70 % right (99.95 % whole) with 10, 12 and 15 dB, while its predicted time fell by 8 %
+_DECIBELS = 15.0
+_TIME_POWER = _DECIBELS / (10 * log10(2))
+#: weights of the time against the cost that are tried
+_TIME_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
+#: how much larger the error may become by whole branches in all
 _MOST_ERROR = 1.5
 
 
@@ -85,39 +92,6 @@ class CostBudget:
 # From what readers lose to what the outputs lose
 
 
-def judged_outputs(graph: Graph) -> list[str]:
-    """Floating-point outputs of ``graph``, or what goes into the Softmax or Sigmoid that makes one.
-
-    Probabilities hardly move where the model is sure, so errors in front of them tell more.
-    """
-    names = []
-    for tensor in graph.outputs:
-        makers = tensor.inputs
-        squashed = len(makers) == 1 and makers[0].op in ("Softmax", "LogSoftmax", "Sigmoid")
-        names.append(str(makers[0].inputs[0].name if squashed else tensor.name))
-    return list(dict.fromkeys(names))
-
-
-@dataclass
-class _Errors:
-    """Squared error over squared signal, by output."""
-
-    error: dict[str, float] = field(default_factory=dict)
-    signal: dict[str, float] = field(default_factory=dict)
-
-    def add(self, expected: Mapping[str, Array], found: Mapping[str, Array]) -> None:
-        for name, value in expected.items():
-            if value.dtype.kind != "f":
-                continue
-            away = np.nan_to_num(found[name].astype(np.float64) - value, nan=1e150, posinf=1e150, neginf=-1e150)
-            self.error[name] = self.error.get(name, 0.0) + float(np.square(away).sum())
-            self.signal[name] = self.signal.get(name, 0.0) + float(np.square(value, dtype=np.float64).sum())
-
-    def relative(self) -> float:
-        shares = [self.error[name] / self.signal[name] for name in self.error if self.signal[name] > 0]
-        return float(np.mean(shares)) if shares else 0.0
-
-
 def output_effects(
     graph: Graph,
     removals: Sequence[Removal],
@@ -126,7 +100,7 @@ def output_effects(
     threads: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Floats]:
-    """{group: relative squared error of the outputs for 0, 1, ... removed channels}, ``[channels + 1]``.
+    """{group: error of the outputs (:class:`OutputError`) for 0, 1, ... removed channels}, ``[channels + 1]``.
 
     Measured where ``removals`` hold mended weights, the other channels staying whole; in between the ratio of output
     error to the criterion's is interpolated. Groups without mended weights are left out.
@@ -146,7 +120,8 @@ def output_effects(
         layers = [layer for layer, _, _ in next(iter(removal.mended.values()))]
         firsts.append(min(layers, key=lambda layer: place[id(layer.node)]))
     order = sorted(range(len(probed)), key=lambda i: place[id(firsts[i].node)])
-    outputs = judged_outputs(graph)
+    judged = judged_outputs(graph)
+    outputs = list(judged)
     schedule = [*([firsts[i].data] for i in order), outputs]
     advance = Advance(graph, feeds, schedule, optimization="all", threads=threads)
     expected = list(Advance(graph, feeds, [outputs], optimization="all", threads=threads).step())
@@ -160,7 +135,7 @@ def output_effects(
         for removed, mended in sorted(removal.mended.items()):
             before = [(layer, layer.filters(), layer.bias()) for layer, _, _ in mended]
             _write(mended, names)
-            errors = _Errors()
+            errors = OutputError(judged)
             for right, found in zip(expected, advance.peek(outputs), strict=True):
                 errors.add(right, found)
             measured[removed] = errors.relative()
@@ -196,26 +171,42 @@ def allocate(
     target: float,
     channels: Mapping[str, int],
     *,
-    time_weight: float = 0.75,
+    time_weights: Sequence[float] = _TIME_WEIGHTS,
 ) -> dict[str, int]:
     """{group: channels that stay} with ``budget`` at or below ``target`` at the least sum of output errors (greedily).
 
-    Where curves know the time that channels save, a step is judged by both: ``time_weight`` of the time saved and the
-    rest of the cost saved.
+    Where curves know the time that channels save, a step is judged by both: a weight of the time saved and the rest of
+    the cost saved. Each of ``time_weights`` is tried, and the choice is taken whose error and time are the best
+    together: :data:`_DECIBELS` of error count as much as a doubling of speed.
 
     Args:
         budget: what is to be saved.
         curves: the groups that may be cut.
         target: share of the cost that may remain.
         channels: of every group.
+        time_weights: between 0 and 1.
 
     Raises:
         UsageError: the target is out of reach.
     """
+    if not any(curve.saved is not None for curve in curves.values()):
+        kept = _spent(budget, curves, target, channels, 0.0)
+        return {name: kept[name] for name in curves}
+    found = []
+    for weight in time_weights:
+        kept = _spent(budget, curves, target, channels, weight)
+        _let_go(budget, curves, target, channels, kept, weight)
+        found.append(kept)
+    best = min(found, key=lambda kept: _balance(curves, channels, kept)[0])
+    return {name: best[name] for name in curves}
+
+
+def _spent(
+    budget: Budget, curves: Mapping[str, Curve], target: float, channels: Mapping[str, int], weight: float
+) -> dict[str, int]:
+    """Channels that stay, of all groups, for one weight of the time."""
     removed = {name: int(curve.allowed[0]) for name, curve in curves.items()}
     kept = {**channels, **{name: channels[name] - gone for name, gone in removed.items()}}
-    timed = any(curve.saved is not None for curve in curves.values())
-    weight = time_weight if timed else 0.0
     choices = {name: _thinned(curve.allowed) for name, curve in curves.items()}
     remaining = budget.remaining(kept)
     while remaining > target:
@@ -246,9 +237,7 @@ def allocate(
             if step >= goal or remaining <= target:
                 break
     _give_back(budget, curves, target, channels, kept, weight)
-    if timed:
-        _let_go(budget, curves, target, channels, kept, weight)
-    return {name: kept[name] for name in curves}
+    return kept
 
 
 def _balance(curves: Mapping[str, Curve], channels: Mapping[str, int], kept: Mapping[str, int]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from onnxcompress.base import Progress, SilentProgress
 from onnxcompress.graph import Graph
-from onnxcompress.lockstep import samples_that_fit, split_samples
+from onnxcompress.lockstep import Samples, samples_that_fit, split_samples
 from onnxcompress.patches import Moments
 from onnxcompress.pruning.allocation import Budget, CostBudget, Curve, allocate, output_effects, uniform
 from onnxcompress.pruning.costs import ChannelCosts
@@ -116,6 +116,7 @@ class Chooser:
     notes: dict[str, str] = field(default_factory=dict)
     _measured: dict[str, Floats] | None = field(default=None, init=False, repr=False)
     _layers: dict[str, MixingLayer] | None = field(default=None, init=False, repr=False)
+    _learned: Samples | None = field(default=None, init=False, repr=False)
 
     def choose(self, aim: Aim) -> dict[str, Ints]:
         """{group: channels that stay}, for all groups of which something goes.
@@ -186,8 +187,17 @@ class Chooser:
         probes = sum(len(removal.mended) for removal in removals)
         fits = int(_PROBE_MACS / max(probes * self.costs.macs(), 1))
         samples = max(min(_PROBED, fits), _FEWEST_PROBED, self.data.fixed_batch or 1)
-        feeds = [dict(b.feeds) for b in _rebatched(self.data.take(samples))]
+        # Weights were mended, and channels chosen, by the others: on those, removing looks cheaper than it is, and the
+        # more so the wider a layer is.
+        feeds = [dict(b.feeds) for b in _rebatched(self._unseen().take(samples))]
         return output_effects(self.graph, removals, feeds, threads=self.threads, progress=self.progress)
+
+    def _unseen(self) -> Dataset:
+        assert self.data is not None
+        if self._learned is None:
+            return self.data
+        held_out = self._learned.held_out
+        return held_out if held_out.samples >= _FEWEST_PROBED else self._learned.whole
 
     # -- order --------------------------------------------------------------------------------------------------------
 
@@ -255,8 +265,8 @@ class Chooser:
         ordered = sorted(layers, key=lambda layer: place[id(layer.node)])
         schedule = [[layer.data, str(layer.output.name)] for layer in ordered]
         limit = min(_LEARNED, samples_that_fit([(self.graph, schedule)], self.data))
-        samples = split_samples(self.data, self.seed, limit)
-        feeds = [dict(batch.feeds) for batch in _rebatched(samples.train)]
+        self._learned = split_samples(self.data, self.seed, limit)
+        feeds = [dict(batch.feeds) for batch in _rebatched(self._learned.train)]
         return Readers(self.graph, ordered, feeds, seed=self.seed, threads=self.threads, progress=self.progress).run()
 
     def _by_obs(self) -> dict[str, Removal]:

@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 
 from onnxcompress.base import Progress, SilentProgress
 from onnxcompress.graph import Graph, Names, copy_graph
-from onnxcompress.lockstep import Advance, Judge, Samples, samples_that_fit, split_samples
+from onnxcompress.lockstep import Advance, Samples, samples_that_fit, split_samples
 from onnxcompress.patches import Moments
 from onnxcompress.pruning.mixing import MixingLayer, find_mixing_layers, wanted_rows
+from onnxcompress.pruning.outputs import OutputJudge
 
 if TYPE_CHECKING:
     from onnxcompress.data import Dataset
@@ -69,7 +70,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recovered:
-    """The repaired graph, what was done to it and what not, and the relative squared error of its outputs."""
+    """The repaired graph, what was done to it and what not, and the error of its outputs over their signal."""
 
     graph: Graph
     steps: tuple[Step, ...]
@@ -125,7 +126,7 @@ def recover(student: Graph, teacher: Graph, kept: Kept, data: Dataset, options: 
     plans = _schedules(layers)
     limit = min(options.samples, samples_that_fit([(student, plans[0]), (teacher, plans[1])], data))
     samples = split_samples(data, options.seed, limit)
-    judge = Judge(teacher, samples.held_out, options.threads)
+    judge = OutputJudge(teacher, samples.held_out, options.threads)
     before = error = judge.error(student)
     best, steps, kept_sweeps = student, [], 0
     for sweep in range(options.sweeps):
