@@ -47,6 +47,7 @@ __all__ = [
     "model_info",
     "nested_graphs",
     "normal_domain",
+    "part_info",
     "redirect",
     "release",
     "release_weights",
@@ -177,6 +178,16 @@ def model_info(graph: Graph) -> ModelInfo:
     if info is None:
         info = graph.__dict__["onnxcompress_info"] = ModelInfo()
     return info  # type: ignore[no-any-return]
+
+
+def part_info(whole: Graph) -> ModelInfo:
+    """What a graph of some nodes of ``whole`` needs of its :class:`ModelInfo`: scopes of constants, local functions."""
+    info = model_info(whole)
+    part = ModelInfo(initializer_order=info.initializer_order)
+    if info.keepsake is not None and info.keepsake.functions:
+        part.keepsake = onnx.ModelProto()
+        part.keepsake.functions.MergeFrom(info.keepsake.functions)
+    return part
 
 
 def input_specs(graph: Graph) -> list[InputSpec]:

@@ -194,7 +194,8 @@ def _dropout(node: gs.Node, types: _Bypass) -> bool:
 def _cast(node: gs.Node, types: _Bypass) -> bool:
     to = node.attrs["to"]
     target = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(to) if isinstance(to, int) else to)
-    return bool(types.dtype(node.inputs[0]) == target)
+    known = types.dtype(node.inputs[0])
+    return known is not None and known == target  # numpy takes None for float64
 
 
 def _transpose(node: gs.Node, types: _Bypass) -> bool:
