@@ -39,7 +39,7 @@ def one_blas_thread() -> Iterator[None]:
 
 @cache
 def _thread_functions() -> tuple[Callable[[], int], Callable[[int], None]] | None:
-    """What reads and sets the number of threads of NumPy's OpenBLAS; None where NumPy was built with another library."""
+    """What reads and sets the number of threads of NumPy's OpenBLAS; None where it uses another library."""
     root = Path(np.__file__).parent.parent
     for path in (file for folder in _FOLDERS for file in sorted((root / folder).glob("*openblas*"))):
         try:

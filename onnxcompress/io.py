@@ -466,7 +466,7 @@ class _ExternalData:
 
     def map(self, location: str, tensor: onnx.TensorProto) -> _ExternalFile:
         """The file at ``location``, mapped; each file once."""
-        where = f"external data {location!r} of tensor {tensor.name!r} in {self._model}"
+        where = f"external data {location[:200]!r} of tensor {tensor.name[:200]!r} in {self._model}"
         normal = posixpath.normpath(location)
         if _MEMORY_ADDRESS in normal:
             raise UnsafeModelError(f"{where} names an address in memory, which no file may; the file is not safe")
@@ -485,7 +485,8 @@ class _ExternalData:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise UsageError(f"cannot read {where}: {error.strerror}") from error
+                kind = ModelError if error.errno == errno.ENAMETOOLONG else UsageError
+                raise kind(f"cannot read {where}: {error.strerror}") from error
             try:
                 self._check_file(os.fstat(descriptor), where)
             except UnsafeModelError:

@@ -14,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcompress.errors import ModelError
-from onnxcompress.graph import Graph, attribute, copy_graph, normal_domain, walk_graphs
+from onnxcompress.graph import Graph, attribute, copy_graph, element_type, normal_domain, walk_graphs
 from onnxcompress.proto import to_proto
 
 __all__ = [
@@ -79,7 +79,7 @@ def _is_weight(constant: gs.Constant) -> bool:
 
 def _itemsize(dtype: Any) -> int:
     if isinstance(dtype, int):
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
+        dtype = element_type(dtype)
     return int(np.dtype(dtype).itemsize)
 
 
@@ -116,13 +116,13 @@ def infer_shapes(graph: Graph, input_shapes: Mapping[str, Shape] | None = None) 
         tensor_type = value.type.tensor_type
         dtype = None
         if tensor_type.elem_type:
-            dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor_type.elem_type))
+            dtype = element_type(tensor_type.elem_type)
         shape: Shape | None = None
         if tensor_type.HasField("shape"):
             shape = tuple(_dimension(d) for d in tensor_type.shape.dim)
         types[value.name] = TensorType(dtype, shape)
     for initializer in model.graph.initializer:
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type))
+        dtype = element_type(initializer.data_type)
         types[initializer.name] = TensorType(dtype, tuple(initializer.dims))
     return types
 
