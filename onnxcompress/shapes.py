@@ -108,6 +108,7 @@ def infer_shapes(graph: Graph, input_shapes: Mapping[str, Shape] | None = None) 
         if node.op_type == "QuickGelu" and node.domain == "com.microsoft":  # as insert_qdq writes SiLU
             node.op_type, node.domain = "Identity", ""
             del node.attribute[:]
+    _forget_negative_sizes(model.graph)
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     types: dict[str, TensorType] = {}
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
@@ -125,6 +126,18 @@ def infer_shapes(graph: Graph, input_shapes: Mapping[str, Shape] | None = None) 
         dtype = element_type(initializer.data_type)
         types[initializer.name] = TensorType(dtype, tuple(initializer.dims))
     return types
+
+
+def _forget_negative_sizes(graph: onnx.GraphProto) -> None:
+    """Some exporters write -1 for a size that is not known; onnx 1.23 aborts where a Slice goes backwards along it."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
+            if dim.dim_value < 0:
+                dim.ClearField("dim_value")
+    for node in graph.node:
+        for item in node.attribute:
+            for nested in (*item.graphs, *((item.g,) if item.HasField("g") else ())):
+                _forget_negative_sizes(nested)
 
 
 class DerivedTypes:
