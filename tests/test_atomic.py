@@ -492,7 +492,7 @@ def test_the_command_on_a_full_disk(tmp_path: Path, small_disk: Callable[[str], 
 
 #: what else opens files for writing: temporary folders that go away with the process, and the system's own files
 ELSEWHERE = {
-    "io.py": {"write_files"},
+    "io.py": {"copy_linked", "write_files"},
     "data/columns.py": {"__init__", "write"},
     "benchmark/runners.py": {"_written", "write_arrays"},
     "benchmark/worker.py": {"_forget_peak", "main"},
