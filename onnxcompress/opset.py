@@ -33,6 +33,9 @@ def raise_opset(graph: Graph, version: int) -> None:
         ) from error
     result = from_proto(converted)
     constants = {t.name: t for node in walk_nodes(graph) for t in node.inputs if isinstance(t, gs.Constant)}
+    for node in walk_nodes(graph):  # what such nodes hold is left out, too, and then looks like an input
+        if node.op == "Constant" and isinstance(node.attrs.get("value"), gs.Constant):
+            constants.setdefault(node.outputs[0].name, node.attrs["value"])
     declared = {t.name for t in graph.inputs}
     for tensor in list(result.inputs):
         if tensor.name in constants and tensor.name not in declared:
