@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from onnxcompress.blas import one_blas_thread
 from onnxcompress.errors import DataError
 from onnxcompress.graph import Graph, copy_graph, release_weights, sort_nodes
 from onnxcompress.kept import Kept
@@ -262,8 +263,14 @@ class Pass(BaseModel, ABC):
         self.check_available()
 
     def __call__(self, graph: Graph, context: Context | None = None) -> PassResult:
-        """Run the pass on a copy of ``graph``; the argument is not changed."""
-        context = context if context is not None else Context()
+        """Run the pass on a copy of ``graph``; the argument is not changed.
+
+        NumPy's matrix products run on one thread meanwhile, so that the result is the same on any number of them.
+        """
+        with one_blas_thread():
+            return self._run(graph, context if context is not None else Context())
+
+    def _run(self, graph: Graph, context: Context) -> PassResult:
         start = time.perf_counter()
         warned = len(context.warnings)
         self._check_start(context)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from onnxcompress.atomic import staging_folder
 from onnxcompress.base import Context, Guarantee, PassReport, PassResult, Progress, SilentProgress
 from onnxcompress.benchmark import BenchmarkResult, benchmark, trace_model
 from onnxcompress.budget import BudgetedRun, run_within_budget
@@ -456,9 +457,9 @@ class _Job:
         recipe = with_decisions(self.budgeted.recipe, done.report)
         provenance: dict[str, str] | None
         provenance = {"recipe": recipe.to_yaml()} | ({"kept": write_kept(done.kept)} if done.kept else {})
-        with tempfile.TemporaryDirectory(prefix=".onnxcompress-", dir=self.output.parent) as folder:
+        with staging_folder(self.output.parent) as folder:
             with self.timed("save"):
-                staged = save(done.graph, Path(folder) / self.output.name, provenance=provenance)
+                staged = save(done.graph, folder / self.output.name, provenance=provenance)
                 if staged.bytes > REOPENED_FROM and len(staged.files) > 1:
                     done, provenance = self.reopened(done, staged), None  # which the staged file has already
                     context.reference = None

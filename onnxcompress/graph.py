@@ -17,6 +17,7 @@ import heapq
 import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -40,6 +41,7 @@ __all__ = [
     "change_constant",
     "constant_value",
     "copy_graph",
+    "element_type",
     "extra",
     "first_output",
     "graph_output_ids",
@@ -47,6 +49,7 @@ __all__ = [
     "model_info",
     "nested_graphs",
     "normal_domain",
+    "part_info",
     "redirect",
     "release",
     "release_weights",
@@ -61,6 +64,21 @@ __all__ = [
 ]
 
 Graph: TypeAlias = gs.Graph
+
+
+@cache
+def element_type(data_type: int) -> np.dtype[Any]:
+    """The numpy dtype for ONNX's number of a type.
+
+    Raises:
+        ModelError: there is no such type.
+    """
+    try:
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(data_type))
+    except KeyError as error:
+        raise ModelError(
+            f"data type {data_type} is unknown to onnx {onnx.__version__}; if the file is newer, upgrade onnx"
+        ) from error
 
 
 @dataclass
@@ -123,7 +141,7 @@ class StoredValues(LazyValues):  # type: ignore[misc]
         self.sparse = isinstance(tensor, onnx.SparseTensorProto)
         self.shape: tuple[int, ...] = tuple(tensor.dims)
         self.data_type: int = tensor.values.data_type if self.sparse else tensor.data_type
-        self.dtype: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self.data_type))
+        self.dtype: np.dtype[Any] = element_type(self.data_type)
         self.nbytes: int = prod(self.shape) * self.dtype.itemsize
         self._array: NDArray[Any] | None = None
 
@@ -179,6 +197,16 @@ def model_info(graph: Graph) -> ModelInfo:
     return info  # type: ignore[no-any-return]
 
 
+def part_info(whole: Graph) -> ModelInfo:
+    """What a graph of some nodes of ``whole`` needs of its :class:`ModelInfo`: scopes of constants, local functions."""
+    info = model_info(whole)
+    part = ModelInfo(initializer_order=info.initializer_order)
+    if info.keepsake is not None and info.keepsake.functions:
+        part.keepsake = onnx.ModelProto()
+        part.keepsake.functions.MergeFrom(info.keepsake.functions)
+    return part
+
+
 def input_specs(graph: Graph) -> list[InputSpec]:
     """Graph inputs in order, overridable initializers marked optional."""
     defaults = model_info(graph).defaults
@@ -191,7 +219,7 @@ def input_specs(graph: Graph) -> list[InputSpec]:
             raise ModelError(f"graph input {tensor.name!r} has no type; declare one before compressing")
         dtype = tensor.dtype
         if isinstance(dtype, int):  # graphsurgeon keeps ONNX's number for types that numpy lacks
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
+            dtype = element_type(dtype)
         shape = None if tensor.shape is None else tuple(_dimension(d) for d in tensor.shape)
         specs.append(InputSpec(tensor.name, np.dtype(dtype), shape, tensor.name in defaults))
     return specs

@@ -4,8 +4,8 @@ Reading trusts nothing. External data is opened relative to the model's folder, 
 following links, so that what was checked is what is read. Sizes are checked against the file before anything is
 allocated. Weights go from the file into arrays of their own (external ones as memory maps), never through protobuf.
 
-Writing is atomic: temporary files in the destination's folder, fsync, rename; external data first, under a name that
-carries the hash of its contents. Whatever fails, no new file stays behind and an old one stays as it was.
+Writing is atomic (:mod:`onnxcompress.atomic`): external data first, under a name that carries the hash of its contents,
+the model last. Whatever fails, no new file stays behind and an old one stays as it was.
 
 https://onnx.ai/onnx/repo-docs/ExternalData.html
 """
@@ -18,19 +18,19 @@ import hashlib
 import mmap
 import os
 import posixpath
-import secrets
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, Message
 
+from onnxcompress.atomic import Transaction, flush, write_error
 from onnxcompress.errors import ModelError, OnnxCompressError, ResourceError, UnsafeModelError, UsageError
 from onnxcompress.expansion import MOST_NODES, expanded_nodes
 from onnxcompress.graph import Graph, model_info, release
@@ -75,10 +75,6 @@ _READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _DIRECTORY = getattr(os, "O_DIRECTORY", 0)
-_OUT_OF_SPACE = {
-    *(errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-    getattr(errno, "EDQUOT", errno.ENOSPC),  # Windows has no quota
-}
 
 
 @dataclass(frozen=True)
@@ -193,7 +189,7 @@ def copy_linked(path: str | os.PathLike[str], folder: str | os.PathLike[str], *,
                         out.write(piece.data)
                         release(piece)
         except OSError as error:
-            raise _write_error(copy, error) from error
+            raise write_error(copy, error) from error
     return copy
 
 
@@ -470,7 +466,7 @@ class _ExternalData:
 
     def map(self, location: str, tensor: onnx.TensorProto) -> _ExternalFile:
         """The file at ``location``, mapped; each file once."""
-        where = f"external data {location!r} of tensor {tensor.name!r} in {self._model}"
+        where = f"external data {location[:200]!r} of tensor {tensor.name[:200]!r} in {self._model}"
         normal = posixpath.normpath(location)
         if _MEMORY_ADDRESS in normal:
             raise UnsafeModelError(f"{where} names an address in memory, which no file may; the file is not safe")
@@ -489,7 +485,8 @@ class _ExternalData:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise UsageError(f"cannot read {where}: {error.strerror}") from error
+                kind = ModelError if error.errno == errno.ENAMETOOLONG else UsageError
+                raise kind(f"cannot read {where}: {error.strerror}") from error
             try:
                 self._check_file(os.fstat(descriptor), where)
             except UnsafeModelError:
@@ -577,6 +574,8 @@ def save(
     """Write ``graph`` atomically; the same graph gives the same bytes.
 
     Weights go to ``<stem>-<hash>.data`` next to the model where they exceed 1.5 GiB or where the source kept them so.
+    The name says what is in it, so the data of the model that is replaced stays until the new model is in place; it
+    is removed then, where no other model in the folder reads it.
 
     Args:
         graph: what to write; not changed.
@@ -603,14 +602,16 @@ def save(
         raise OnnxCompressError(f"the result is no valid ONNX model, please report this: {reason}")
     external = bool(skeleton.weights) and (info.external_data or skeleton.weight_bytes > INLINE_LIMIT)
     try:
-        with _Transaction(path) as transaction:
+        with Transaction(path) as transaction:
             data = _write_external(transaction, path, skeleton, protected) if external else None
             with transaction.create() as file:
                 size, digest = _write_pieces(file, _pieces(skeleton, external))
-                _flush(file)
+                flush(file)
+            outdated = _own_data(path, protected)
             transaction.commit(overwrite)
+            _remove_unread(outdated - {data.path if data is not None else path}, path.parent)
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
     except MemoryError as error:
         raise ResourceError(f"not enough memory to write {path}; nothing was written") from error
     if data is None:
@@ -651,7 +652,7 @@ def write_files(graph: Graph, folder: str | os.PathLike[str]) -> Path:
         _refer(places, "model.data")
         path.write_bytes(skeleton.model.SerializeToString(deterministic=True))
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
     return path
 
 
@@ -679,6 +680,27 @@ def _check_destination(path: Path, protected: list[Path], overwrite: bool) -> No
         raise UsageError(f"{path} exists; choose another output or allow overwriting")
 
 
+def _own_data(path: Path, protected: list[Path]) -> set[Path]:
+    """The external data of the model at ``path`` that an earlier :func:`save` to this place wrote."""
+    if not path.is_file() or path.is_symlink():
+        return set()
+    mine = re.compile(re.escape(path.stem) + r"-[0-9a-f]{16}\.data")
+    found = {file for file in _known_files(path)[1:] if file.parent == path.parent and mine.fullmatch(file.name)}
+    return {file for file in found if not any(known.exists() and file.samefile(known) for known in protected)}
+
+
+def _remove_unread(files: set[Path], folder: Path) -> None:
+    """Remove what no model in ``folder`` reads any more; where one cannot be read, or on an error, all stay."""
+    if not files:
+        return
+    with contextlib.suppress(OSError, OnnxCompressError):
+        for model in folder.glob("*.onnx"):
+            files = files.difference(model_files(model))
+        for file in files:
+            if file.stat(follow_symlinks=False).st_nlink == 1:
+                file.unlink()
+
+
 def _stamp(model: onnx.ModelProto, source_sha256: str | None, provenance: Mapping[str, str]) -> None:
     stamps = {"version": __version__}
     if source_sha256 is not None:
@@ -700,14 +722,23 @@ class _DataFile:
     sha256: str
 
 
-def _write_external(transaction: _Transaction, path: Path, skeleton: Skeleton, protected: list[Path]) -> _DataFile:
+def _write_external(transaction: Transaction, path: Path, skeleton: Skeleton, protected: list[Path]) -> _DataFile:
     with transaction.create() as file:
         places, size, digest = _write_weights(file, skeleton)
-        _flush(file)
+        flush(file)
     data = path.with_name(f"{path.stem}-{digest[:16]}.data")
-    transaction.place(data, digest, protected)
+    if not _holds(data, digest):
+        for known in protected:
+            if data.exists() and known.exists() and data.samefile(known):
+                raise UsageError(f"{data} belongs to the input, which is never overwritten; choose another output")
+        transaction.place(data)
     _refer(places, data.name)
     return _DataFile(data, size, digest)
+
+
+def _holds(path: Path, digest: str) -> bool:
+    """True where ``path`` is a plain file with these contents, which can be left alone."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1 and file_sha256(path) == digest
 
 
 def _write_weights(file: BinaryIO, skeleton: Skeleton) -> tuple[_Places, int, str]:
@@ -749,87 +780,3 @@ def _write_pieces(file: BinaryIO, pieces: Iterator[bytes | memoryview]) -> tuple
         digest.update(piece)
         size += len(piece)
     return size, digest.hexdigest()
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _write_error(path: Path, error: OSError) -> OnnxCompressError:
-    reason = error.strerror or str(error)
-    if error.errno in _OUT_OF_SPACE:
-        return ResourceError(f"cannot write {path}: {reason}; nothing was written, free some space")
-    return UsageError(f"cannot write {path}: {reason}; nothing was written, choose another output")
-
-
-class _Transaction:
-    """Files that take their places together, the model last, or not at all."""
-
-    def __init__(self, destination: Path) -> None:
-        self._destination = destination
-        self._temporary: list[Path] = []
-        #: files that were not there before
-        self._placed: list[Path] = []
-        self._identity: tuple[int, int] | None = None
-
-    def create(self) -> BinaryIO:
-        """A new file in the destination's folder, with the permissions of any new file."""
-        path = self._destination.with_name(f".onnxcompress-{secrets.token_hex(8)}.tmp")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | (_READ & ~os.O_RDONLY)
-        descriptor = os.open(path, flags, 0o666)
-        self._temporary.append(path)
-        return os.fdopen(descriptor, "wb")
-
-    def place(self, path: Path, digest: str, protected: list[Path]) -> None:
-        """Rename the last file to ``path``; one that is there and has the same contents is left alone."""
-        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1 and file_sha256(path) == digest:
-            return
-        for file in protected:
-            if path.exists() and file.exists() and path.samefile(file):
-                raise UsageError(f"{path} belongs to the input, which is never overwritten; choose another output")
-        if not os.path.lexists(path):
-            self._placed.append(path)
-        self._temporary[-1].replace(path)
-        self._sync_folder()
-
-    def commit(self, overwrite: bool) -> None:
-        """Rename the last file to the destination."""
-        status = self._temporary[-1].stat()
-        self._identity = status.st_dev, status.st_ino
-        if not overwrite and os.path.lexists(self._destination):
-            raise UsageError(f"{self._destination} exists; choose another output or allow overwriting")
-        self._temporary[-1].replace(self._destination)
-        # The file is whole and in place: a folder that cannot be synchronised is no reason to report a failure.
-        with contextlib.suppress(OSError):
-            self._sync_folder()
-
-    def _sync_folder(self) -> None:
-        if not _DIRECTORY:  # Windows has no such thing, and needs none for a rename to last
-            return
-        descriptor = os.open(self._destination.parent, _READ | _DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def _is_committed(self) -> bool:
-        """Ask the disk, because an interrupt may come right after the rename."""
-        try:
-            status = self._destination.stat(follow_symlinks=False)
-        except OSError:
-            return False
-        return (status.st_dev, status.st_ino) == self._identity
-
-    def __enter__(self) -> _Transaction:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        leftover = list(self._temporary)
-        if not self._is_committed():
-            leftover += self._placed
-        for path in leftover:
-            with contextlib.suppress(OSError):
-                path.unlink()

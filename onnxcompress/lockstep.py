@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from onnxcompress.errors import DataError, ModelError
 from onnxcompress.graph import (
     Graph,
-    ModelInfo,
     constant_value,
     model_info,
     nested_graphs,
+    part_info,
     sort_nodes,
     walk_graphs,
     walk_nodes,
@@ -284,7 +284,7 @@ class Advance:
             functions=list(whole.functions),
             ir_version=whole.ir_version,
         )
-        piece.__dict__["onnxcompress_info"] = ModelInfo(initializer_order=model_info(whole).initializer_order)
+        piece.__dict__["onnxcompress_info"] = part_info(whole)
         sort_nodes(piece)
         # Between short runs spinning threads would only take the processor away from the matrices of the passes.
         config = {"session.intra_op.allow_spinning": "0"}

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from onnxcompress.graph import attribute, constant_value, nested_graphs, normal_domain
+from onnxcompress.graph import attribute, constant_value, element_type, nested_graphs, normal_domain
 
 __all__ = ["DATA_MOVEMENT", "EVALUATED", "NotEvaluable", "evaluate_node", "move_data", "shape_range", "slice_window"]
 
@@ -277,7 +277,7 @@ def _arithmetic(node: gs.Node, inputs: Inputs, opset: int, limit: int) -> Array:
 def _cast(node: gs.Node, inputs: Inputs, opset: int, limit: int) -> Array:
     data = _need(inputs, 0)
     to = node.attrs["to"]
-    target = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(to) if isinstance(to, int) else to)
+    target = element_type(to) if isinstance(to, int) else np.dtype(to)
     for dtype in (data.dtype, target):
         if dtype.kind not in "biuf" and dtype.name != "bfloat16":
             raise TypeError(f"no cast of type {dtype}")
@@ -375,7 +375,7 @@ def _single_node_model(node: gs.Node, feeds: dict[str, Array], opset: int) -> on
 def _check_expected(node: gs.Node, expected: onnx.TypeProto.Tensor | None, limit: int) -> None:
     if expected is None or not expected.elem_type:
         raise NotEvaluable("the type of its result is not a tensor or not known")
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(expected.elem_type))
+    dtype = element_type(expected.elem_type)
     if dtype.kind not in "biuf" and dtype.name != "bfloat16":
         raise NotEvaluable(f"results of type {dtype} are not evaluated")
     if node.op in _DATA_DEPENDENT:
@@ -386,7 +386,7 @@ def _check_expected(node: gs.Node, expected: onnx.TypeProto.Tensor | None, limit
 
 
 def _check_result(value: Array, expected: onnx.TypeProto.Tensor) -> None:
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(expected.elem_type))
+    dtype = element_type(expected.elem_type)
     if value.dtype != dtype:
         raise NotEvaluable(f"the reference implementation answers with {value.dtype} instead of {dtype}")
     dims = [d.dim_value if d.HasField("dim_value") else None for d in expected.shape.dim]

@@ -36,6 +36,7 @@ from onnxcompress.graph import (
     ModelInfo,
     RawAttribute,
     StoredValues,
+    element_type,
     extra,
     model_info,
     nested_graphs,
@@ -66,16 +67,6 @@ TypeState = tuple[int, tuple[int | str | None, ...] | None, str]
 
 
 @cache
-def _numpy_type(data_type: int) -> np.dtype[Any]:
-    try:
-        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(data_type))
-    except KeyError as error:
-        raise ModelError(
-            f"data type {data_type} is unknown to onnx {onnx.__version__}; if the file is newer, upgrade onnx"
-        ) from error
-
-
-@cache
 def _onnx_type(dtype: np.dtype[Any]) -> int:
     return int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
 
@@ -95,7 +86,7 @@ def storage_bytes(data_type: int, dims: Iterable[int]) -> int:
     """
     if data_type == onnx.TensorProto.STRING:
         raise ModelError("a string tensor has raw or external data; strings belong in string_data")
-    bits = _BITS.get(data_type) or _numpy_type(data_type).itemsize * 8
+    bits = _BITS.get(data_type) or element_type(data_type).itemsize * 8
     dims = list(dims)
     if any(d < 0 for d in dims):
         raise ModelError(f"a tensor has the shape {dims}; no dimension can be negative")
@@ -204,7 +195,9 @@ class _Importer:
         types = _declared_types(proto)
         constants = [self.constant(tensor) for tensor in proto.initializer]
         for sparse in proto.sparse_initializer:
-            _numpy_type(sparse.values.data_type)
+            element_type(sparse.values.data_type)
+            _check_size(sparse.values)
+            _check_size(sparse.indices)
             constants.append(gs.Constant(_checked(sparse.values.name), StoredValues(sparse)))
         info = ModelInfo(keepsake=_graph_keepsake(proto), initializer_order=tuple(c.name for c in constants))
 
@@ -256,8 +249,11 @@ class _Importer:
         return node
 
     def attribute(self, proto: onnx.AttributeProto, scope: _Scope) -> Any:
-        if proto.ref_attr_name:
-            return _raw_attribute(proto)
+        if proto.ref_attr_name:  # functions, where this means something, are carried as they are
+            raise ModelError(
+                f"attribute {proto.name!r} refers to {proto.ref_attr_name!r} of a function, but stands in no function; "
+                "the file is damaged"
+            )
         match proto.type:
             case _Attribute.FLOAT:
                 return proto.f
@@ -287,19 +283,15 @@ class _Importer:
         _checked(proto.name)
         payload = self._payloads.get(proto.raw_data) if self._payloads and proto.HasField("raw_data") else None
         if payload is None:
-            _numpy_type(proto.data_type)
+            element_type(proto.data_type)
+            _check_size(proto)
             return gs.Constant(proto.name, StoredValues(proto))
-        expected = storage_bytes(proto.data_type, proto.dims)
-        if payload.nbytes != expected:
-            raise ModelError(
-                f"tensor {proto.name!r} has {payload.nbytes} bytes of data, but {expected} are expected for its type "
-                f"{onnx.TensorProto.DataType.Name(proto.data_type)} and shape {list(proto.dims)}; the file is damaged"
-            )
+        _expect(proto, payload.nbytes, storage_bytes(proto.data_type, proto.dims), "bytes of data")
         header = onnx.TensorProto(data_type=proto.data_type, dims=proto.dims)
         if proto.data_type in _BITS:
             constant = gs.Constant(proto.name, StoredValues(header, payload))
         else:
-            constant = gs.Constant(proto.name, payload.view(_numpy_type(proto.data_type)).reshape(tuple(proto.dims)))
+            constant = gs.Constant(proto.name, payload.view(element_type(proto.data_type)).reshape(tuple(proto.dims)))
         if proto.HasField("doc_string") or proto.HasField("data_location") or proto.metadata_props:
             if proto.HasField("doc_string"):
                 header.doc_string = proto.doc_string
@@ -308,6 +300,35 @@ class _Importer:
             header.metadata_props.MergeFrom(proto.metadata_props)
             set_extra(constant, header)
         return constant
+
+
+def _check_size(proto: onnx.TensorProto) -> None:
+    """Refuse a tensor whose data, raw or in a field for its type, is not as long as its shape says.
+
+    ONNX's checker lets some of these pass, and what reads them fails much later.
+    """
+    if proto.HasField("raw_data"):
+        _expect(proto, len(proto.raw_data), storage_bytes(proto.data_type, proto.dims), "bytes of data")
+        return
+    if any(d < 0 for d in proto.dims):
+        raise ModelError(f"tensor {proto.name!r} has the shape {list(proto.dims)}; no dimension can be negative")
+    expected = prod(proto.dims)
+    if proto.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128):
+        expected *= 2
+    elif proto.data_type in (onnx.TensorProto.FLOAT6E2M3, onnx.TensorProto.FLOAT6E3M2):
+        return  # neither the specification nor onnx says how the field packs them
+    elif proto.data_type in _BITS:
+        expected = (expected * _BITS[proto.data_type] + 7) // 8
+    field_name = onnx.helper.tensor_dtype_to_field(proto.data_type)
+    _expect(proto, len(getattr(proto, field_name)), expected, f"values in {field_name}")
+
+
+def _expect(proto: onnx.TensorProto, found: int, expected: int, what: str) -> None:
+    if found != expected:
+        raise ModelError(
+            f"tensor {proto.name!r} has {found} {what}, but {expected} are expected for its type "
+            f"{onnx.TensorProto.DataType.Name(proto.data_type)} and shape {list(proto.dims)}; the file is damaged"
+        )
 
 
 def _text_of(text: str | bytes) -> str:
@@ -421,7 +442,7 @@ def _declared_types(graph: onnx.GraphProto) -> dict[str, TypeState]:
 
 def _variable(name: str, types: Mapping[str, TypeState]) -> gs.Variable:
     element, shape, kind = types.get(name, (0, None, "tensor_type"))
-    return gs.Variable(name, _numpy_type(element) if element else None, None if shape is None else list(shape), kind)
+    return gs.Variable(name, element_type(element) if element else None, None if shape is None else list(shape), kind)
 
 
 def _tensor_state(tensor: gs.Tensor) -> TypeState:
@@ -859,7 +880,7 @@ def _raw_bytes(constant: gs.Constant) -> Bytes:
         values = onnx.numpy_helper.to_array(values.tensor)
     data_type = _constant_type(constant)
     if data_type != _onnx_type(values.dtype):
-        values = values.astype(_numpy_type(data_type))
+        values = values.astype(element_type(data_type))
     if data_type in _BITS:
         return np.frombuffer(onnx.numpy_helper.from_array(np.ascontiguousarray(values)).raw_data, np.uint8)
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)

@@ -6,22 +6,19 @@ strict, so what is not finite (the SQNR of equal outputs) is written as null.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
 import os
 import re
-import tempfile
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxcompress.atomic import write_file
 from onnxcompress.environment import describe_environment
-from onnxcompress.errors import ResourceError, UsageError
 from onnxcompress.units import bytes_text as _bytes
 from onnxcompress.units import count_text as _count
 from onnxcompress.units import decibel_text as _decibel
@@ -241,7 +238,7 @@ def write_samples(path: str | os.PathLike[str], result: MatrixResult) -> None:
     }
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
-    _write(path, content.getvalue())
+    write_file(path, content.getvalue())
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -251,33 +248,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         UsageError: the file cannot be written there.
         ResourceError: the disk is full.
     """
-    _write(path, text.encode("utf-8"))
-
-
-def _write(path: str | os.PathLike[str], content: bytes) -> None:
-    target = Path(path)
-    temporary: str | None = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".onnxcompress-", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(target)
-        temporary = None
-    except OSError as error:
-        kind = ResourceError if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)) else UsageError
-        raise kind(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    write_file(path, text.encode("utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

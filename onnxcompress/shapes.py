@@ -14,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcompress.errors import ModelError
-from onnxcompress.graph import Graph, attribute, copy_graph, normal_domain, walk_graphs
+from onnxcompress.graph import Graph, attribute, copy_graph, element_type, normal_domain, walk_graphs
 from onnxcompress.proto import to_proto
 
 __all__ = [
@@ -79,7 +79,7 @@ def _is_weight(constant: gs.Constant) -> bool:
 
 def _itemsize(dtype: Any) -> int:
     if isinstance(dtype, int):
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
+        dtype = element_type(dtype)
     return int(np.dtype(dtype).itemsize)
 
 
@@ -108,6 +108,7 @@ def infer_shapes(graph: Graph, input_shapes: Mapping[str, Shape] | None = None) 
         if node.op_type == "QuickGelu" and node.domain == "com.microsoft":  # as insert_qdq writes SiLU
             node.op_type, node.domain = "Identity", ""
             del node.attribute[:]
+    _forget_negative_sizes(model.graph)
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     types: dict[str, TensorType] = {}
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
@@ -116,15 +117,27 @@ def infer_shapes(graph: Graph, input_shapes: Mapping[str, Shape] | None = None) 
         tensor_type = value.type.tensor_type
         dtype = None
         if tensor_type.elem_type:
-            dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor_type.elem_type))
+            dtype = element_type(tensor_type.elem_type)
         shape: Shape | None = None
         if tensor_type.HasField("shape"):
             shape = tuple(_dimension(d) for d in tensor_type.shape.dim)
         types[value.name] = TensorType(dtype, shape)
     for initializer in model.graph.initializer:
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type))
+        dtype = element_type(initializer.data_type)
         types[initializer.name] = TensorType(dtype, tuple(initializer.dims))
     return types
+
+
+def _forget_negative_sizes(graph: onnx.GraphProto) -> None:
+    """Some exporters write -1 for a size that is not known; onnx 1.23 aborts where a Slice goes backwards along it."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim if value.type.HasField("tensor_type") else ():
+            if dim.dim_value < 0:
+                dim.ClearField("dim_value")
+    for node in graph.node:
+        for item in node.attribute:
+            for nested in (*item.graphs, *((item.g,) if item.HasField("g") else ())):
+                _forget_negative_sizes(nested)
 
 
 class DerivedTypes:

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcompress.base import Change, Context, Decision, Guarantee, Pass, Refusal
@@ -33,6 +32,7 @@ from onnxcompress.graph import (
     Graph,
     attribute,
     constant_value,
+    element_type,
     extra,
     first_output,
     graph_output_ids,
@@ -193,8 +193,9 @@ def _dropout(node: gs.Node, types: _Bypass) -> bool:
 
 def _cast(node: gs.Node, types: _Bypass) -> bool:
     to = node.attrs["to"]
-    target = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(to) if isinstance(to, int) else to)
-    return bool(types.dtype(node.inputs[0]) == target)
+    target = element_type(to) if isinstance(to, int) else np.dtype(to)
+    known = types.dtype(node.inputs[0])
+    return known is not None and known == target  # numpy takes None for float64
 
 
 def _transpose(node: gs.Node, types: _Bypass) -> bool:

@@ -75,8 +75,8 @@ class FoldBatchNorm(Pass):
 
     def apply(self, graph: Graph, context: Context) -> Iterator[Change | Refusal | Decision]:
         """Fold every chain after a linear operator, then every chain before one, in nested graphs too."""
-        folder = _Folder(graph)
-        yield from folder.run()
+        with np.errstate(invalid="ignore"):  # a signalling NaN warns when it is widened; what is not finite is refused
+            yield from _Folder(graph).run()
 
 
 @dataclass

@@ -24,7 +24,6 @@ from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from pydantic import Field
@@ -36,6 +35,7 @@ from onnxcompress.graph import (
     Names,
     attribute,
     constant_value,
+    element_type,
     first_output,
     graph_output_ids,
     normal_domain,
@@ -297,7 +297,7 @@ class _Folder:
 
     def _cast(self, node: gs.Node) -> _Partial | None:
         data, to = self._known(node.inputs[0]), node.attrs["to"]
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(to) if isinstance(to, int) else to)
+        dtype = element_type(to) if isinstance(to, int) else np.dtype(to)
         if data is None or dtype.kind not in "iu" or data.dtype.kind == "b":
             return None
         if dtype.itemsize < 4 or (dtype.kind == "u" and not all(_not_negative(e) for e in data.elements.reshape(-1))):

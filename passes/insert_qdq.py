@@ -24,7 +24,7 @@ from pydantic import Field, FiniteFloat, field_validator
 from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, Refusal
 from onnxcompress.destination import checked_destination
 from onnxcompress.environment import saturation_note
-from onnxcompress.errors import DataError, UsageError
+from onnxcompress.errors import DataError, ModelError, UsageError
 from onnxcompress.graph import Graph, copy_graph, normal_domain, replace_contents, sort_nodes
 from onnxcompress.opset import raise_opset
 from onnxcompress.quantization.affine import Range
@@ -115,7 +115,13 @@ class InsertQdq(Pass):
         """Place, calibrate, write, audit; strip what the runtime did not make integer, and audit once more."""
         target = get_target(context.target)
         _warn_of_quantizers(graph if context.original is None else context.original, context)
-        if graph.opset < target.minimum_opset and _has_candidates(graph, target, self):
+        candidates = _has_candidates(graph, target)
+        if candidates and graph.opset > target.maximum_opset:
+            raise ModelError(
+                f"the model has opset {graph.opset}, whose QuantizeLinear no runtime of target {target.name} has; "
+                f"export it with opset {target.maximum_opset} at most"
+            )
+        if candidates and graph.opset < target.minimum_opset:
             before = graph.opset
             raise_opset(graph, target.minimum_opset)
             yield Change("opset", "", f"raised from {before} to {graph.opset}: per-channel weights need it")
@@ -376,7 +382,7 @@ def _cached(path: Path, key: CalibrationKey | None, context: Context) -> dict[st
     return held[1]
 
 
-def _has_candidates(graph: Graph, target: Target, options: InsertQdq) -> bool:
+def _has_candidates(graph: Graph, target: Target) -> bool:
     return any(node.op in target.rules for node in graph.nodes)
 
 

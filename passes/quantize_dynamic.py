@@ -392,7 +392,7 @@ class _Writer:
             return tensor
         value = constant_value(tensor)
         if value is not None:
-            return gs.Constant(self.names.free(f"{tensor.name}_beta"), (value * beta).astype(value.dtype))
+            return gs.Constant(self.names.free(f"{tensor.name}_beta"), np.asarray(value * beta, value.dtype))
         made = self._variable(f"{tensor.name}_beta", np.float32)
         factor = gs.Constant(self.names.free(f"{node.name}_beta"), np.array(beta, np.float32))
         self._node("Mul", f"{made.name}_node", [tensor, factor], made)

@@ -29,6 +29,8 @@ def run_node(node: gs.Node, inputs: list[Array | None], opset: int) -> list[Arra
     outputs = [f"o{k}" if t.name else "" for k, t in enumerate(node.outputs)]
     proto = onnx.helper.make_node(node.op, names, outputs)
     for key, value in node.attrs.items():
+        if isinstance(value, gs.Constant):
+            value = onnx.numpy_helper.from_array(value.values)
         proto.attribute.append(onnx.helper.make_attribute(key, value))
     declared = [
         onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), list(v.shape))

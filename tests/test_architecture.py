@@ -23,6 +23,7 @@ TESTS = Path(__file__).resolve().parent
 
 #: these know nothing of models: they import the exceptions at most
 FOUNDATIONS = (
+    "atomic",
     "demo",
     "environment",
     "errors",

@@ -50,3 +50,20 @@ def test_macs_of_float_and_integer_forms(op: str, inputs: list[str]) -> None:
     node = helper.make_node(op, inputs, ["y"], name="n")
     kind = onnx.TensorProto.FLOAT if floats else onnx.TensorProto.UINT8
     assert counted(node, [8, 6, 6] if conv else [5, 8], kind, used) == (CONV if conv else MATMUL)
+
+
+def test_a_size_of_minus_one_is_not_known() -> None:
+    """Some exporters write it, and with a Slice that steps backwards it ended the process inside of onnx."""
+    constants = {"start": -1, "end": -100, "axis": 0, "step": -1}
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Slice", ["x", *constants], ["y"])],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [-1, 4])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None, 4])],
+        [onnx.numpy_helper.from_array(np.array([value]), name) for name, value in constants.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    known = infer_shapes(from_proto(model))
+    assert known["x"].shape == (None, 4)
+    shape = known["y"].shape
+    assert shape is not None and not isinstance(shape[0], int) and shape[1] == 4

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxcompress.atomic import replacing, write_error, write_file
 from onnxcompress.cli.files import finish
 from onnxcompress.cli.options import Number, output_options
-from onnxcompress.cli.status import EXHAUSTED
 from onnxcompress.cli.terminal import Terminal, pass_terminal
 from onnxcompress.errors import UsageError
 
@@ -75,10 +75,9 @@ def _keep_demo(folder: Path, model: Path, data: Mapping[str, Mapping[str, Any]])
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / model.name).write_bytes(model.read_bytes())
-        for name, arrays in data.items():
-            np.savez(folder / f"{name}.npz", allow_pickle=False, **arrays)
     except OSError as error:
-        if error.errno in EXHAUSTED:
-            raise
-        raise UsageError(f"{folder}: cannot be written to: {error.strerror or error}") from error
+        raise write_error(folder, error) from error
+    write_file(folder / model.name, model.read_bytes())
+    for name, arrays in data.items():
+        with replacing(folder / f"{name}.npz") as file:
+            np.savez(file, allow_pickle=False, **arrays)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from typing import Any, NoReturn
 
 import click
 
+from onnxcompress.atomic import NO_ROOM
 from onnxcompress.cli.terminal import Terminal
 from onnxcompress.errors import OnnxCompressError, ResourceError
 
-__all__ = ["EXHAUSTED", "INTERRUPTED", "TERMINATED", "Terminated", "discard_output", "exit_status", "terminate"]
+__all__ = ["INTERRUPTED", "TERMINATED", "Terminated", "discard_output", "exit_status", "terminate"]
 
 
 INTERRUPTED = 130
 
 
 TERMINATED = 143
-
-
-#: errors of the operating system that mean that something ran out
-EXHAUSTED = {
-    *(errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-    getattr(errno, "EDQUOT", errno.ENOSPC),  # not every system has quotas
-}
 
 
 def exit_status(error: BaseException, terminal: Terminal) -> int:
@@ -58,7 +51,7 @@ def exit_status(error: BaseException, terminal: Terminal) -> int:
         code = error.exit_code
     elif isinstance(error, MemoryError):
         code, message = ResourceError.exit_code, "memory ran out; try a smaller --batch or fewer --samples"
-    elif isinstance(error, OSError) and error.errno in EXHAUSTED:
+    elif isinstance(error, OSError) and error.errno in NO_ROOM:
         code, message = ResourceError.exit_code, f"{error.strerror}; free some and run again"
     else:
         hint = "" if terminal.debug else "; run again with --debug for the traceback"

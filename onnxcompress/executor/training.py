@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from onnxcompress.atomic import replacing
 from onnxcompress.base import Progress
 from onnxcompress.data import Batch
-from onnxcompress.errors import DataError, ResourceError
+from onnxcompress.errors import DataError
 from onnxcompress.executor.distributed import Processes
 from onnxcompress.executor.losses import Objective
 from onnxcompress.executor.network import Network
@@ -397,13 +396,8 @@ class Trainer:
         about = {"key": key, "step": step, "best": outcome.best.step, "curve": curve, "steps": self._settings.steps}
         about["learning_rate"] = self._settings.learning_rate
         arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
-        try:
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-            Path(name).replace(path)
-        except OSError as error:
-            raise ResourceError(f"{path}: the checkpoint cannot be written: {error.strerror or error}") from error
+        with replacing(path) as file:
+            np.savez(file, allow_pickle=False, **arrays)
 
     def _resumed(self) -> tuple[int, Outcome | None, list[Tensor] | None]:
         """(steps done, the way so far, the best state) from the checkpoint, or nothing where there is none."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from onnxcompress.base import Progress, SilentProgress
 from onnxcompress.errors import OnnxCompressError
-from onnxcompress.graph import Graph, ModelInfo, model_info, nested_graphs, sort_nodes
+from onnxcompress.graph import Graph, nested_graphs, part_info, sort_nodes
 from onnxcompress.pruning.coupling import CouplingGroup
 from onnxcompress.session import Session
 from onnxcompress.shapes import TensorType
@@ -115,7 +115,7 @@ def _piece(graph: Graph, group: CouplingGroup, types: Mapping[str, TensorType]) 
         functions=list(graph.functions),
         ir_version=graph.ir_version,
     )
-    piece.__dict__["onnxcompress_info"] = ModelInfo(initializer_order=model_info(graph).initializer_order)
+    piece.__dict__["onnxcompress_info"] = part_info(graph)
     sort_nodes(piece)
     return piece
 

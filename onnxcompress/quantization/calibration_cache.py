@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from onnxcompress.atomic import write_file
 from onnxcompress.destination import checked_destination
-from onnxcompress.errors import DataError, ResourceError
+from onnxcompress.errors import DataError
 from onnxcompress.graph import Graph
 from onnxcompress.io import serialize
 from onnxcompress.quantization.affine import Range
@@ -110,15 +109,7 @@ def write_ranges(path: Path, key: CalibrationKey, ranges: Mapping[str, Range]) -
         "observer": dict(key.observer),
         "ranges": {name: [found.low, found.high] for name, found in ranges.items()},
     }
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ResourceError(f"{path}: the calibration cache was not written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_file(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _one_line(error: Exception) -> str:

@@ -103,6 +103,8 @@ class Target:
     float_reasons: Mapping[str, str]
     #: QuantizeLinear with per-channel weights needs this opset
     minimum_opset: int
+    #: newest opset whose QuantizeLinear the runtime has: ONNX Runtime 1.32 reads opset 28, but not that operator of it
+    maximum_opset: int = 27
     #: by which placement decides what is worth running as integers
     costs: Costs = field(default_factory=Costs)
     #: how data movement is written: on the integers as they are, or in floats between Q/DQ pairs of equal parameters
