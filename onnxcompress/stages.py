@@ -33,6 +33,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx
 
+from onnxcompress.atomic import write_file
 from onnxcompress.base import Change, Context, Pass, PassReport, Refusal
 from onnxcompress.environment import package_versions, processor
 from onnxcompress.errors import OnnxCompressError, UsageError
@@ -276,21 +277,12 @@ class _Folder:
                         if not (self.path / key).is_dir():  # no other process was faster
                             raise
             for other in others:
-                _write_whole(self.path / f"{other}.same", key)
+                write_file(self.path / f"{other}.same", key.encode())
         except (OSError, OnnxCompressError) as error:
             reason = getattr(error, "strerror", None) or error
             context.warn(f"{self.path}: what {stage.reports[-1].name} made was not kept: {reason}")
             return
         self._own.add(key)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(name).replace(path)
 
 
 def _checked_key(text: str) -> str:
@@ -325,7 +317,7 @@ def _write(folder: Path, key: str, stage: Stage) -> None:
         "variants": None if stage.variants is None else _variants_data(stage.variants),
     }
     text = json.dumps(content, default=_plain)
-    _write_whole(folder / "stage.txt", f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    write_file(folder / "stage.txt", f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode())
 
 
 def _write_model(graph: Graph, path: Path) -> dict[str, Any]:

@@ -274,12 +274,12 @@ def test_one_damaged_stage_leaves_those_before_it(run: Callable[..., CompressRes
 def test_what_was_half_written_by_a_killed_run_is_not_seen(
     run: Callable[..., CompressResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(path: Path, text: str) -> None:
-        path.write_text(text[:10])
+    def killed(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:10])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("onnxcompress.stages._write_whole", killed)
+        patch.setattr("onnxcompress.stages.write_file", killed)
         with pytest.raises(KeyboardInterrupt):
             run()
     assert entries(tmp_path / "work") == []
@@ -305,11 +305,11 @@ def test_another_process_may_be_faster(
 def test_a_full_disk_stops_nothing(
     run: Callable[..., CompressResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("onnxcompress.stages._write_whole", full)
+        patch.setattr("onnxcompress.stages.write_file", full)
         result = run()
     assert sha256(result) == sha256(run(work_dir=None))
     assert sum("was not kept: No space left" in w for w in result.warnings) == 5

@@ -15,6 +15,8 @@ is compared, values beyond its bounds are equal: their errors are taken out, and
 
 Normal equations are float64 with a ridge that pulls towards the weights as they are. A layer keeps its new weights only
 where its error falls on held-out samples, a sweep over all layers only where the error of the model's outputs falls.
+Where samples are few, what was decided so is then solved once more from all of them: those held out are a third more
+to learn from.
 """
 
 from __future__ import annotations
@@ -54,18 +56,25 @@ _RIDGES = (1e-2, 1e-3)
 _FEW_COLUMNS = 1200
 #: repetitions of the solution where values beyond bounds do not matter
 _BOUNDED = 4
+#: with fewer samples to learn from, what held-out samples decided is done once more with all of them
+_FEW_SAMPLES = 256
 #: squared error relative to the signal below which there is nothing to repair
 _NOTHING = 1e-9
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a layer got in one sweep, and its relative squared error on held-out samples."""
+    """What a layer got in one sweep, and its relative squared error on held-out samples.
+
+    ``ridge`` is the one that did best; ``bounded`` where values beyond bounds did not matter to it.
+    """
 
     node: str
     method: Method
     before: float
     after: float
+    ridge: float = 0.0
+    bounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,7 @@ def recover(student: Graph, teacher: Graph, kept: Kept, data: Dataset, options: 
     judge = OutputJudge(teacher, samples.held_out, options.threads)
     before = error = judge.error(student)
     best, steps, kept_sweeps = student, [], 0
+    taken: list[tuple[int, bool, list[Step]]] = []
     for sweep in range(options.sweeps):
         mirror = options.augment and sweep == options.sweeps - 1
         feeds = _feeds(samples, mirror)
@@ -141,6 +151,12 @@ def recover(student: Graph, teacher: Graph, kept: Kept, data: Dataset, options: 
             continue
         best, error, kept_sweeps = candidate, after, kept_sweeps + 1
         steps.extend(done)
+        taken.append((sweep, mirror, done))
+    if not samples.overlap and samples.train.samples < _FEW_SAMPLES:
+        for number, (sweep, mirror, done) in enumerate(taken):
+            feeds = _feeds(samples, mirror, held_out=False)
+            assert feeds is not None
+            best, _, _ = _sweep(student if number == 0 else best, teacher, kept, feeds, options, sweep, done)
     counts = samples.train.samples, samples.held_out.samples
     return Recovered(best, tuple(steps), tuple(skipped), before, error, kept_sweeps, *counts, samples.overlap)
 
@@ -173,12 +189,12 @@ def _schedules(layers: Sequence[MixingLayer]) -> tuple[list[list[str]], list[lis
     return mine, [[_target(layer)] for layer in layers]
 
 
-def _feeds(samples: Samples, mirror: bool) -> list[tuple[Feeds, bool]] | None:
+def _feeds(samples: Samples, mirror: bool, *, held_out: bool = True) -> list[tuple[Feeds, bool]] | None:
     """(feeds, held out?) of all batches; with ``mirror`` those to learn from a second time, mirrored.
 
-    None where mirroring is asked for and the inputs are no images.
+    None where mirroring is asked for and the inputs are no images. Without ``held_out`` all are to learn from.
     """
-    feeds = samples.feeds()
+    feeds = [(given, held and held_out) for given, held in samples.feeds()]
     if not mirror:
         return feeds
     axes = {name: _mirror_axis(value) for name, value in feeds[0][0].items()}
@@ -212,8 +228,11 @@ def _sweep(
     batches: Sequence[tuple[Feeds, bool]],
     options: Recovery,
     sweep: int,
+    decided: Sequence[Step] | None = None,
 ) -> tuple[Graph, list[Step], list[tuple[str, str]]]:
+    """All layers, one after the other; ``decided``: only those, as it says, and nothing is held out."""
     student = copy_graph(student)
+    chosen = None if decided is None else {step.node: step for step in decided}
     layers, _ = _plan(student, teacher)
     mine, theirs = _schedules(layers)
     feeds = [given for given, _ in batches]
@@ -236,7 +255,12 @@ def _sweep(
         if reason is not None:
             skipped.append((layer.name, reason))
             continue
-        step = _repair(layer, rows, options.method, names)
+        if chosen is None:
+            step = _repair(layer, rows, options.method, names)
+        else:
+            step = chosen.get(layer.name)
+            if step is not None:
+                _repeat(layer, rows, step, names)
         if step is not None:
             steps.append(step)
     return student, steps, skipped
@@ -369,24 +393,39 @@ def _repair(layer: MixingLayer, rows: _Rows, method: Method, names: Names) -> St
     """Give ``layer`` the weights that do its held-out rows best; None where it keeps what it has."""
     weight, bias = layer.filters(), layer.bias()
     before = rows.held_error(weight, bias)
-    found: tuple[float, Method, Floats, Floats] | None = None
-    candidates: Iterator[tuple[Method, Floats, Floats]]
+    found: tuple[Step, Floats, Floats] | None = None
+    candidates: Iterator[tuple[Method, float, bool, Floats, Floats]]
     if method == "weights" and weight.shape[2] <= _MOST_COLUMNS:
         candidates = _weights(layer, rows, weight, bias)
     else:
-        candidates = iter([("bias", weight, _shifted(rows, weight, bias))])
-    for kind, new_weight, new_bias in candidates:
+        candidates = iter([("bias", 0.0, False, weight, _shifted(rows, weight, bias))])
+    for kind, ridge, bounded, new_weight, new_bias in candidates:
         after = rows.held_error(new_weight, new_bias)
-        if after < (before if found is None else found[0]):
-            found = after, kind, new_weight, new_bias
+        if after < (before if found is None else found[0].after):
+            found = Step(layer.name, kind, before, after, ridge, bounded), new_weight, new_bias
     if found is None:
         return None
-    after, kind, new_weight, new_bias = found
-    if kind == "weights":
-        layer.set_filters(new_weight, names)
+    step, new_weight, new_bias = found
+    _set(layer, step.method, new_weight, new_bias, names)
+    return step
+
+
+def _repeat(layer: MixingLayer, rows: _Rows, step: Step, names: Names) -> None:
+    """Repair ``layer`` from these rows the way that ``step`` found best on others."""
+    weight, bias = layer.filters(), layer.bias()
+    if step.method == "bias":
+        _set(layer, "bias", weight, _shifted(rows, weight, bias), names)
+        return
+    for _, _, bounded, new_weight, new_bias in _weights(layer, rows, weight, bias, (step.ridge,)):
+        if bounded == step.bounded:
+            _set(layer, "weights", new_weight, new_bias, names)
+
+
+def _set(layer: MixingLayer, method: Method, weight: Floats, bias: Floats, names: Names) -> None:
+    if method == "weights":
+        layer.set_filters(weight, names)
     if layer.bias_node is not None:
-        layer.set_bias(new_bias, names)
-    return Step(layer.name, kind, before, after)
+        layer.set_bias(bias, names)
 
 
 def _shifted(rows: _Rows, weight: Floats, bias: Floats) -> Floats:
@@ -402,25 +441,32 @@ def _shifted(rows: _Rows, weight: Floats, bias: Floats) -> Floats:
     return shifted
 
 
-def _weights(layer: MixingLayer, rows: _Rows, weight: Floats, bias: Floats) -> Iterator[tuple[Method, Floats, Floats]]:
-    """Least squares with each ridge; then, from the better one, iterated where values beyond bounds do not matter."""
+def _weights(
+    layer: MixingLayer, rows: _Rows, weight: Floats, bias: Floats, ridges: Sequence[float] | None = None
+) -> Iterator[tuple[Method, float, bool, Floats, Floats]]:
+    """Least squares with each ridge; then, from the better one, iterated where values beyond bounds do not matter.
+
+    Yields method, ridge, whether it is iterated, weight and bias.
+    """
     centred = layer.bias_node is not None
     moments = Moments(weight.astype(np.float32), bias.astype(np.float32))
     for columns, aims in zip(rows.columns[False], rows.aims[False], strict=True):
         moments.add(columns, aims.rows)
     gram, cross = moments.normal_equations(centred=centred)
-    best: tuple[float, Floats, Floats, Floats] | None = None
-    # An inverse of many columns takes seconds, and the stronger ridge is the safer one.
-    for ridge in _RIDGES if weight.shape[2] <= _FEW_COLUMNS else _RIDGES[:1]:
+    best: tuple[float, float, Floats, Floats, Floats] | None = None
+    if ridges is None:
+        # An inverse of many columns takes seconds, and the stronger ridge is the safer one.
+        ridges = _RIDGES if weight.shape[2] <= _FEW_COLUMNS else _RIDGES[:1]
+    for ridge in ridges:
         inverse: Floats = np.linalg.inv(_damped(gram, ridge)).astype(np.float64, copy=False)
         change = cross @ inverse
         new_bias = bias + moments.best_shift(change) if centred else bias
         error = rows.held_error(weight + change, new_bias)
         if best is None or error < best[0]:
-            best = error, inverse, weight + change, new_bias
+            best = error, ridge, inverse, weight + change, new_bias
     assert best is not None
-    _, inverse, new_weight, new_bias = best
-    yield "weights", new_weight, new_bias
+    _, ridge, inverse, new_weight, new_bias = best
+    yield "weights", ridge, False, new_weight, new_bias
     if not np.isfinite(layer.bounds).any():
         return
     mean = moments.inputs / moments.count
@@ -434,7 +480,7 @@ def _weights(layer: MixingLayer, rows: _Rows, weight: Floats, bias: Floats) -> I
         new_weight = new_weight + change
         if centred:
             new_bias = new_bias + residual - np.einsum("gij,gj->gi", change, mean)
-    yield "weights", new_weight, new_bias
+    yield "weights", ridge, True, new_weight, new_bias
 
 
 def _cross(rows: _Rows, weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
