@@ -12,11 +12,15 @@ a part of it, leaves the runtime with the pieces: several times slower, and with
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
-from onnxcompress.graph import constant_value
+from onnxcompress.graph import attribute, constant_value, normal_domain
 
-__all__ = ["composite", "silu"]
+__all__ = ["aligned_chain", "composite", "mark_of", "silu"]
+
+Floats = NDArray[np.float64]
 
 
 def composite(node: gs.Node) -> str | None:
@@ -111,3 +115,47 @@ def _of_gelu(node: gs.Node) -> bool:
             return any(_one_plus_erf(tensor) for tensor in inner.inputs)
     readers = node.outputs[0].outputs
     return len(readers) == 1 and readers[0].op == "Mul" and any(_one_plus_erf(t) for t in readers[0].inputs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images whose channels were put onto one set of levels (onnxcompress.quantization.input_levels)
+
+
+def aligned_chain(
+    tensor: gs.Tensor,
+) -> tuple[gs.Tensor, Floats, Floats, list[gs.Node]] | None:
+    """(what goes in, factors, offsets, nodes) where ``tensor`` is made by Mul and Add of one constant a channel.
+
+    The nodes are in order and nothing else reads what is between them.
+    """
+    nodes: list[gs.Node] = []
+    found: dict[str, Floats] = {}
+    for op in ("Add", "Mul"):
+        node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+        if node is None or node.op != op or (nodes and len(tensor.outputs) != 1) or normal_domain(node) != "":
+            break
+        constant = constant_value(node.inputs[1])
+        if constant is None or constant.ndim < 3 or constant.size != constant.shape[1]:
+            break
+        found[op] = constant.reshape(-1).astype(np.float64)
+        nodes.insert(0, node)
+        tensor = node.inputs[0]
+    if "Add" not in found:
+        return None
+    return tensor, found.get("Mul", np.ones_like(found["Add"])), found["Add"], nodes
+
+
+def mark_of(node: gs.Node) -> float | None:
+    """The constant that ``node``, a Pad, appends as one more channel to an aligned image; None for any other node."""
+    if node.op != "Pad" or normal_domain(node) != "" or len(node.inputs) != 3:
+        return None
+    if attribute(node, "mode", "constant") != "constant":
+        return None
+    pads, value = (constant_value(tensor) for tensor in node.inputs[1:])
+    if pads is None or value is None or value.size != 1 or pads.ndim != 1 or len(pads) < 6 or len(pads) % 2:
+        return None
+    ends = [0] * len(pads)
+    ends[len(pads) // 2 + 1] = 1
+    if pads.tolist() != ends or aligned_chain(node.inputs[0]) is None:
+        return None
+    return float(value.reshape(-1)[0])

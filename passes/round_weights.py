@@ -62,7 +62,7 @@ _ROWS = 65536
 #: multiply-accumulates that running all samples may take, and samples that are used all the same, and at most
 _MACS = 3.6e10
 _FEW_SAMPLES = 24
-_MOST_SAMPLES = 256
+_MOST_SAMPLES = 128
 #: a model is large where the fewest samples take more; more is worth it where weights have fewer bits
 _LARGE = 9e9
 _LARGE_BOUNDED = 4 * _LARGE

@@ -129,15 +129,17 @@ def test_one_affine_puts_all_channels_onto_one_set_of_levels() -> None:
     assert places.min() > -0.01 and places.max() < 255.01
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "no bias", "two paddings", "by a rule"])
 @pytest.mark.parametrize("pads", [0, 1])
-def test_the_float_network_stays_what_it_was(pads: int, bias: bool) -> None:
-    graph = network(pads, bias=bias)
+def test_the_float_network_stays_what_it_was(pads: int, kind: str) -> None:
+    rule = "SAME_UPPER" if kind == "by a rule" else None
+    graph = network(pads, bias=kind != "no bias", auto_pad=rule, readers=2 if kind == "two paddings" else 1)
+    pads += kind in ("two paddings", "by a rule")
     data = dataset(graph, normalised(pixels()))
     changed = copy_graph(graph)
     (found,) = align_inputs(changed, find_pictures(changed), data)
     sort_nodes(changed)
-    assert [node.op for node in changed.nodes][: 2 + bool(pads)] == ["Pad"] * bool(pads) + ["Mul", "Add"]
+    assert [node.op for node in changed.nodes][: 2 + bool(pads)] == ["Mul", "Add"] + ["Pad"] * bool(pads)
     assert found.range is not None
     assert all(output.relative_l2 < 1e-5 for output in compare(graph, changed, data))
 
@@ -166,15 +168,15 @@ def test_pixels_are_not_rounded_and_no_operator_is_left(pads: int) -> None:
     assert scale is not None and scale.shape == (3,)
     np.testing.assert_allclose(scale, 1 / 255 / STD, rtol=1e-5)
     read = dequantised_input(result.graph, values)
-    inner = read[:, :, pads : pads + 12, pads : pads + 12]
+    assert read.shape[1] == 3 + bool(pads)
     # one step for all channels, and every pixel where it was but for a constant
-    places = inner / (scale.max()) - images
+    places = read[:, :3] / scale.max() - images
     for channel in range(3):
         np.testing.assert_allclose(places[:, channel], places[0, channel, 0, 0], atol=1e-2)
-    plain = InsertQdq(align_inputs=False)(graph, Context(data=dataset(graph, values)))
-    with_levels, without = (compare(graph, r.graph, context.data)[0].sqnr_db for r in (result, plain))
-    assert with_levels > without
-    assert not result.report.details["audit"]["mismatches"]
+    assert context.data is not None
+    assert compare(graph, result.graph, context.data)[0].sqnr_db > 38
+    proof = result.report.details["audit"]
+    assert not proof["mismatches"] and not [f for f in proof["floats"] if f["operator"] != "Flatten"]
 
 
 def test_pixels_between_two_levels_keep_the_addition() -> None:
@@ -182,8 +184,8 @@ def test_pixels_between_two_levels_keep_the_addition() -> None:
     graph = network()
     values = normalised(pixels(), 0.5, 0.5)
     result = InsertQdq()(graph, Context(data=dataset(graph, values)))
-    assert [node.op for node in result.graph.nodes if node.op in ("Pad", "Mul", "Add")] == ["Pad", "Add"]
-    places = dequantised_input(result.graph, values)[:, :, 1:-1, 1:-1] * 127.5 - pixels()
+    assert [node.op for node in result.graph.nodes if node.op in ("Pad", "Mul", "Add")] == ["Add", "Pad"]
+    places = dequantised_input(result.graph, values)[:, :3] * 127.5 - pixels()
     np.testing.assert_allclose(places, places.flat[0], atol=1e-2)
 
 
@@ -215,9 +217,9 @@ def test_normalising_inside_of_the_graph_is_followed() -> None:
     assert constant_value(quantiser.inputs[1]).shape == (3,)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("kind", ["two paddings", "by a rule", "excluded", "given"])
+@pytest.mark.parametrize("kind", ["excluded", "given"])
 def test_where_nothing_can_be_done_nothing_changes(kind: str) -> None:
-    graph = network(readers=2) if kind == "two paddings" else network(auto_pad="SAME_UPPER" if "rule" in kind else None)
+    graph = network()
     context = Context(data=dataset(graph, normalised(pixels())))
     step = InsertQdq()
     if kind == "excluded":

@@ -8,9 +8,12 @@ is the largest of all rounding errors. On its own levels the input loses nothing
 
     x -> Conv(W, b)                         x -> Mul(f_c) -> Add(o_c) -> Conv(W / f_c, b - sum of W / f_c * o_c)
 
-with ``f_c`` and ``o_c`` such that all channels have one step and one zero point. Padding is a zero of ``x``, so where
-the Conv pads, a Pad in front does so instead. Once quantised, Mul and Add are gone: a QuantizeLinear with a scale and
-a zero point of each channel's own writes the very same integers (:mod:`onnxcompress.quantization.qdq`).
+with ``f_c`` and ``o_c`` such that all channels have one step and one zero point. What a Conv pads with would then have
+to be ``o_c``, other for each channel. So where it pads, the offsets are not taken from the bias: one more channel,
+``u`` inside of the image and 0 in the padding, with the weights ``-sum over c of W_c / f_c * o_c / u``, takes them off
+where there is an image. A Pad appends it. Once quantised, Mul and Add are gone: a QuantizeLinear with a scale and a
+zero point of each channel's own writes the very same integers, and Pad works on these
+(:mod:`onnxcompress.quantization.qdq`).
 
 Levels are found in the data, so nothing has to be told about the preprocessing; where values are not on any (resized
 as floats, augmented), there are none and nothing is done.
@@ -50,7 +53,6 @@ __all__ = [
     "Picture",
     "affine",
     "align_inputs",
-    "aligned_chain",
     "find_pictures",
     "plain_range",
 ]
@@ -267,42 +269,13 @@ def align_inputs(graph: Graph, pictures: Sequence[Picture], data: Dataset, *, th
         plain, noise = plain_range(levels, np.sum([_energy(reader) for reader in picture.readers], axis=0))
         if noise < _WORTH:
             yield Aligned(picture, name, "its scale is the step between its values", plain)
-        elif not _same_padding(picture.readers):
-            yield Aligned(picture, name, "the convolutions that read it pad differently, or by a rule")
         else:
             found = affine(levels)
             nodes = _insert(graph, picture, found, names)
             detail = f"{', '.join(node.op for node in nodes)} in front put its channels onto one set of levels"
-            yield Aligned(picture, str(nodes[-1].outputs[0].name), detail, found.range, tuple(n.name for n in nodes))
-
-
-def aligned_chain(tensor: gs.Tensor) -> tuple[gs.Tensor, Floats, Floats, list[gs.Node]] | None:
-    """(what goes in, factors, offsets, nodes) where ``tensor`` is made by Mul and Add of one constant a channel.
-
-    The nodes are in order and nothing else reads what is between them.
-    """
-    nodes: list[gs.Node] = []
-    found: dict[str, Floats] = {}
-    for op in ("Add", "Mul"):
-        node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
-        if node is None or node.op != op or (nodes and len(tensor.outputs) != 1) or normal_domain(node) != "":
-            break
-        constant = constant_value(node.inputs[1])
-        if constant is None or constant.ndim < 3 or constant.size != constant.shape[1]:
-            break
-        found[op] = constant.reshape(-1).astype(np.float64)
-        nodes.insert(0, node)
-        tensor = node.inputs[0]
-    if "Add" not in found:
-        return None
-    return tensor, found.get("Mul", np.ones_like(found["Add"])), found["Add"], nodes
-
-
-def _same_padding(readers: Sequence[gs.Node]) -> bool:
-    """True where one Pad can stand for the padding of all."""
-    pads = {tuple(attribute(node, "pads", ())) for node in readers}
-    rules = {attribute(node, "auto_pad", "NOTSET") for node in readers}
-    return rules <= {"NOTSET", "VALID"} and (len(pads) == 1 or not any(any(p) for p in pads))
+            floats = [node for node in nodes if node.op != "Pad"]
+            name = str(floats[-1].outputs[0].name)
+            yield Aligned(picture, name, detail, found.range, tuple(node.name for node in floats))
 
 
 def _channels(node: gs.Node, tensor: gs.Tensor) -> int | None:
@@ -355,41 +328,67 @@ def _values(graph: Graph, tensor: gs.Tensor, data: Dataset, threads: int) -> Ite
 
 
 def _insert(graph: Graph, picture: Picture, found: Affine, names: Names) -> list[gs.Node]:
-    """Insert Pad, Mul and Add as far as they are needed, and undo in the weights what they do."""
+    """Insert Mul, Add and Pad as far as they are needed, and undo in the weights what they do."""
     name = picture.tensor.name
-    rank = constant_value(picture.readers[0].inputs[1]).ndim  # type: ignore[union-attr]
+    weights = [constant_value(node.inputs[1]) for node in picture.readers]
+    rank = max(weight.ndim for weight in weights if weight is not None)
     shape = (1, -1, *(1,) * (rank - 2))
     factors, offsets = (values.astype(np.float32).reshape(shape) for values in (found.factors, found.offsets))
     made: list[gs.Node] = []
 
-    def append(op: str, second: NDArray[Any], label: str) -> None:
+    def append(op: str, label: str, *others: NDArray[Any]) -> None:
         before = made[-1].outputs[0] if made else picture.tensor
         result = gs.Variable(names.free(f"{name}_{label}"), np.dtype(np.float32), None)
-        constant = gs.Constant(names.free(f"{result.name}_by"), second)
-        made.append(gs.Node(op, names.free(f"{result.name}_{op}"), {}, [before, constant], [result]))
+        constants = [gs.Constant(names.free(f"{result.name}_by"), other) for other in others]
+        made.append(gs.Node(op, names.free(f"{result.name}_{op}"), {}, [before, *constants], [result]))
 
-    pads = attribute(picture.readers[0], "pads", ())
-    if any(pads):
-        spatial = rank - 2
-        append("Pad", np.array([0, 0, *pads[:spatial], 0, 0, *pads[spatial:]], np.int64), "padded")
-    if not np.allclose(factors, 1, rtol=1e-5, atol=0):
-        append("Mul", factors, "scaled")
-    append("Add", offsets, "aligned")
+    if np.allclose(factors, 1, rtol=1e-5, atol=0):
+        factors = np.ones_like(factors)
+    else:
+        append("Mul", "scaled", factors)
+    append("Add", "aligned", offsets)
+    scaled = [weight.astype(np.float64) / factors for weight in weights if weight is not None]
+    away = [np.tensordot(weight, offsets.reshape(-1).astype(np.float64), (1, 0)) for weight in scaled]
+    inside = 0.0
+    if any(_pads(node) for node in picture.readers):
+        inside = _inside(scaled, away, found.range)
+        append(
+            "Pad", "marked", np.array([0] * (rank + 1) + [1] + [0] * (rank - 2), np.int64), np.array(inside, np.float32)
+        )
     graph.nodes.extend(made)
-    for node in picture.readers:
-        weight = constant_value(node.inputs[1])
-        assert weight is not None
+    for node, weight, taken in zip(picture.readers, scaled, away, strict=True):
         node.inputs[0] = made[-1].outputs[0]
-        if any(pads):
-            node.attrs = {**node.attrs, "pads": [0] * len(pads)}
-        scaled = weight.astype(np.float64)
-        if any(step.op == "Mul" for step in made):
-            scaled = scaled / factors.astype(np.float64)
-        away = np.tensordot(scaled.sum(axis=tuple(range(2, rank))), offsets.reshape(-1).astype(np.float64), 1)
+        if inside:
+            weight = np.concatenate([weight, -taken[:, None] / inside], axis=1)
+        set_constant(node, 1, node.inputs[1].name, weight.astype(np.float32))
         has_bias = len(node.inputs) > 2 and bool(node.inputs[2].name)
+        if inside and has_bias:
+            continue
         bias = constant_value(node.inputs[2]) if has_bias else np.zeros(len(weight))
         assert bias is not None
-        set_constant(node, 1, node.inputs[1].name, scaled.astype(np.float32))
         old = node.inputs[2].name if has_bias and len(node.inputs[2].outputs) == 1 else None
-        set_constant(node, 2, old or names.free(f"{node.inputs[1].name}_bias"), (bias - away).astype(np.float32))
+        shifted = bias if inside else bias - taken.reshape(len(weight), -1).sum(axis=1)
+        set_constant(node, 2, old or names.free(f"{node.inputs[1].name}_bias"), shifted.astype(np.float32))
     return made
+
+
+def _pads(node: gs.Node) -> bool:
+    """True unless ``node`` surely pads nothing."""
+    rule = attribute(node, "auto_pad", "NOTSET")
+    return bool(any(attribute(node, "pads", ()))) if rule == "NOTSET" else rule != "VALID"
+
+
+def _inside(weights: Sequence[Floats], away: Sequence[Floats], levels: Range) -> float:
+    """The value of the marking channel: a level, and the smallest that makes its weights the largest of no filter.
+
+    Its weights are rounded like all others, and what that costs grows with the value.
+    """
+    step = (levels.high - levels.low) / (_LEVELS - 1)
+    need = step
+    for weight, taken in zip(weights, away, strict=True):
+        axes = tuple(range(1, weight.ndim))
+        largest = np.abs(weight).max(axis=axes)
+        wanted = np.abs(taken).max(axis=tuple(range(1, taken.ndim)))
+        need = max(need, float((wanted[largest > 0] / largest[largest > 0]).max(initial=0.0)))
+    most = round(levels.high / step)
+    return float(min(int(np.ceil(need / step)), max(most, 1)) * step)

@@ -36,7 +36,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxcompress.composites import silu
+from onnxcompress.composites import aligned_chain, mark_of, silu
 from onnxcompress.graph import Graph, Names, attribute, constant_value, release, remove_node, remove_nodes
 from onnxcompress.quantization.affine import (
     LevelRange,
@@ -47,7 +47,6 @@ from onnxcompress.quantization.affine import (
     quantize_weight,
     weight_qparams,
 )
-from onnxcompress.quantization.input_levels import aligned_chain
 from onnxcompress.quantization.placement import Placement, Unit, activation_bounds
 from onnxcompress.targets import Role
 
@@ -112,6 +111,8 @@ class _Writer:
         self.placement = placement
         self.params = class_qparams(placement, ranges)
         self.aligned = {name for name, found in ranges.items() if isinstance(found, LevelRange)}
+        #: what Pads append to aligned images, by the name of the result
+        self.marks = {str(n.outputs[0].name): mark for n in graph.nodes if (mark := mark_of(n)) is not None}
         self.names = Names(graph)
         self.kind = placement.target.activations.numpy_dtype
         self.integers: dict[str, gs.Variable] = {}  # integer form, by the name of the float tensor
@@ -192,13 +193,17 @@ class _Writer:
 
     def _move(self, unit: Unit) -> None:
         node = unit.node
+        mark = self.marks.get(unit.outputs[0].name)
         for index in range(len(node.inputs) if node.op == "Concat" else 1):
             node.inputs[index] = self.integers[unit.inputs[index].name]
         params = self.params[self.placement.classes[unit.outputs[0].name]]
         if node.op == "Pad" and attribute(node, "mode", "constant") == "constant":
             inputs = list(node.inputs)
             inputs += [gs.Variable.empty() for _ in range(3 - len(inputs))]
-            inputs[2] = self._integer_constant(params.zero_point)
+            value = params.zero_point
+            if mark is not None:
+                value = quantize(np.array([mark], np.float32), params).reshape(())
+            inputs[2] = self._integer_constant(value)
             node.inputs = inputs
         if unit.rule is not None and unit.rule.role is Role.ACTIVATION:
             self._clip_integers(node, params)
@@ -280,6 +285,12 @@ class _Writer:
         integers = np.clip(integers, *self.placement.target.weights.limits)  # ranges by mean squared error cut some off
         release(weight)
         node.inputs[index] = self._constant(tensor, integers, params, explicit=explicit)
+        mark = self.marks.get(unit.inputs[0].name)
+        if mark is not None and bias is not None:
+            # Inside of the image the marking channel is a constant, and so is what rounding its weights costs.
+            away = integers[:, -1] * params.scale.reshape(-1, *(1,) * (weight.ndim - 2)) - weight[:, -1]
+            bias = bias - np.float32(mark) * away.sum(axis=tuple(range(1, away.ndim)))
+            rewritten = True
         writes_float = unit.keeps_float and self._stays_float(unit)
         if bias is not None and rule.bias is not None:
             stored = node.inputs[rule.bias]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcompress.composites import composite, silu
+from onnxcompress.composites import composite, mark_of, silu
 from onnxcompress.graph import attribute, constant_value
 from onnxcompress.quantization.affine import QuantScheme
 from onnxcompress.targets.base import Costs, OperatorRule, Role, Target, Types, WeightRule
@@ -163,7 +163,9 @@ def _pad(node: gs.Node, types: Types, opset: int) -> str | None:
     value = constant_value(node.inputs[2])
     if value is None:
         return "its padding value is not constant"
-    return None if not value.size or float(value.reshape(-1)[0]) == 0.0 else "it pads with a value other than zero"
+    if not value.size or float(value.reshape(-1)[0]) == 0.0 or mark_of(node) is not None:
+        return None
+    return "it pads with a value other than zero"
 
 
 def _concat(node: gs.Node, types: Types, opset: int) -> str | None:
