@@ -197,8 +197,8 @@ class InsertQdq(Pass):
         """Ranges of the image inputs that are on the levels of their pixels now, and nodes that were inserted."""
         ranges: dict[str, Range] = {}
         inserted: list[str] = []
-        if not self.align_inputs or target.activations != UINT8 or context.data is None:
-            return ranges, ()
+        if not self.align_inputs or not target.audited or target.activations != UINT8 or context.data is None:
+            return ranges, ()  # other runtimes fuse operators around the quantisers in ways of their own
         pictures = find_pictures(graph)
         if pictures:
             placed = self._place(graph, target, ())

@@ -159,7 +159,7 @@ def _stranded(graph: onnx.GraphProto, placement: Placement) -> list[str]:
     quantize, dequantize = placement.borders()
     own = _scales_of_the_file(placement)
     expected = {
-        "QuantizeLinear": own | {placement.scales[c] for c in quantize},
+        "QuantizeLinear": own | placement.absorbed | {placement.scales[c] for c in quantize},
         "DequantizeLinear": own | {placement.scales[c] for c in dequantize},
     }
     constants = {t.name: t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL}

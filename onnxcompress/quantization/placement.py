@@ -117,6 +117,8 @@ class Placement:
     outputs: frozenset[str] = frozenset()
     #: scale by class, once the graph is written
     scales: dict[str, float] = field(default_factory=dict)
+    #: those of quantisers that took a Mul and Add of one constant a channel in
+    absorbed: set[float] = field(default_factory=set)
 
     @property
     def integer_units(self) -> list[Unit]:

@@ -380,6 +380,7 @@ class _Writer:
             if np.abs(places - zeros).max() > _MOST_FRACTION or zeros.min() < info.min or zeros.max() > info.max:
                 continue
             scales = (float(params.scale) / factors).astype(np.float32)
+            self.placement.absorbed.update(scales.tolist())
             scale = gs.Constant(self.names.free(f"{source.name}_scales"), scales)
             node.inputs = [source, scale, self._integer_constant(zeros.astype(self.kind))]
             node.attrs = {**node.attrs, "axis": 1}
