@@ -302,45 +302,48 @@ class Judge:
         teacher: gives the outputs that are aimed at.
         data: read once for every student.
         threads: intra-op threads; 0 lets the runtime choose.
-        optimization: the runtime's level for students.
     """
 
-    def __init__(
-        self, teacher: Graph, data: Dataset, threads: int = 0, *, optimization: Optimization = "disabled"
-    ) -> None:
+    def __init__(self, teacher: Graph, data: Dataset, threads: int = 0) -> None:
         self._teacher = Session(teacher, optimization="disabled", threads=threads)
         self._data = data
         self._threads = threads
-        self._optimization = optimization
 
     def error(self, student: Graph) -> float:
         """Mean over the floating-point outputs of ||a - b||^2 / ||a||^2; infinite where one is not finite."""
-        found = compare(self._teacher.run, self._session(student).run, self._data)
+        session = Session(student, optimization="disabled", threads=self._threads)
+        found = compare(self._teacher.run, session.run, self._data)
         errors = [o.relative_l2**2 for o in found if o.equal_elements is None]
         return float(np.mean(errors)) if errors else 0.0
 
-    def sample_errors(self, student: Graph) -> SampleErrors:
-        """The error of each sample; of an output that has no axis of samples the batch counts as one sample."""
-        session = self._session(student)
-        errors: list[float] = []
-        signals: list[float] = []
-        for batch in self._data:
-            error, signal = np.zeros(batch.samples), np.zeros(batch.samples)
-            found = session.run(batch.feeds)
-            for name, expected in self._teacher.run(batch.feeds).items():
-                if expected.dtype.kind != "f":
-                    continue
-                rows = batch.samples if expected.ndim and len(expected) == batch.samples else 1
-                wanted = expected.reshape(rows, -1).astype(np.float64)
-                away = found[name].reshape(rows, -1) - wanted
-                error += np.square(away).sum(axis=1) * rows / batch.samples
-                signal += np.square(wanted).sum(axis=1) * rows / batch.samples
-            errors.extend(error)
-            signals.extend(signal)
-        return SampleErrors(np.array(errors), np.array(signals))
+    def sample_errors(self, student: Graph, levels: Sequence[Optimization] = ("disabled",)) -> SampleErrors:
+        """The error of each sample, summed over runs at each of the runtime's ``levels`` of optimisation.
 
-    def _session(self, student: Graph) -> Session:
-        return Session(student, optimization=self._optimization, threads=self._threads)
+        Of an output that has no axis of samples the batch counts as one sample.
+        """
+        sessions = [Session(student, optimization=level, threads=self._threads) for level in levels]
+        errors: list[Floats] = []
+        signals: list[Floats] = []
+        for batch in self._data:
+            error, signal = np.zeros((len(levels), batch.samples)), np.zeros(batch.samples)
+            expected = self._teacher.run(batch.feeds)
+            for found, level_error in zip((session.run(batch.feeds) for session in sessions), error, strict=True):
+                for name, wanted, rows in _rows(expected, batch.samples):
+                    away = found[name].reshape(wanted.shape) - wanted
+                    level_error += np.square(away).sum(axis=1) * rows / batch.samples
+            for _, wanted, rows in _rows(expected, batch.samples):
+                signal += np.square(wanted).sum(axis=1) * rows / batch.samples
+            errors.append(error.sum(axis=0))
+            signals.append(signal * len(levels))
+        return SampleErrors(np.concatenate(errors), np.concatenate(signals))
+
+
+def _rows(outputs: Mapping[str, Array], samples: int) -> Iterator[tuple[str, Floats, int]]:
+    """(name, values as [rows, ...], rows) of the floating-point outputs; a row is a sample, or else the batch."""
+    for name, value in outputs.items():
+        if value.dtype.kind == "f":
+            rows = samples if value.ndim and len(value) == samples else 1
+            yield name, value.reshape(rows, -1).astype(np.float64), rows
 
 
 @dataclass(frozen=True)

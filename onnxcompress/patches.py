@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from onnxcompress.graph import attribute
 
-__all__ = ["Moments", "conv_pads", "output_sizes", "spread_out", "unfold"]
+__all__ = ["Moments", "conv_pads", "damped", "output_sizes", "spread_out", "unfold"]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -178,3 +178,11 @@ class Moments:
         error = error - 2 * shift * (self.residual - np.einsum("gij,gj->gi", change, self.inputs))
         error = error + self.count * np.square(shift)
         return max(float(error.sum()), 0.0) / self.signal
+
+
+def damped(gram: Floats, ridge: float) -> Floats:
+    """``gram`` with ``ridge`` times its mean diagonal on the diagonal, for each group."""
+    power = np.trace(gram, axis1=1, axis2=2) / gram.shape[1]
+    power = np.where(power > 0, power, 1.0)
+    result: Floats = gram + (ridge * power)[:, None, None] * np.eye(gram.shape[1])
+    return result

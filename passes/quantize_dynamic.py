@@ -53,11 +53,12 @@ from onnxcompress.graph import (
 from onnxcompress.lockstep import Judge, decibels, split_samples
 from onnxcompress.opset import raise_opset
 from onnxcompress.passes.insert_qdq import InsertQdq
+from onnxcompress.patches import damped
 from onnxcompress.quantization.affine import QParams, quantize_weight, weight_qparams
 from onnxcompress.quantization.audit import audit
 from onnxcompress.quantization.calibration import observe
 from onnxcompress.quantization.placement import excluded_reason
-from onnxcompress.quantization.rounding import GramWatcher, damped, integer_bounds, round_columns
+from onnxcompress.quantization.rounding import GramWatcher, integer_bounds, round_columns
 from onnxcompress.shapes import TensorType, infer_shapes
 from onnxcompress.targets import Target, get_target
 

@@ -36,7 +36,7 @@ from onnxcompress.errors import ModelError
 from onnxcompress.graph import Graph, Names, attribute, constant_value, copy_graph
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
 from onnxcompress.patches import Moments as RowMoments
-from onnxcompress.patches import conv_pads, output_sizes, unfold
+from onnxcompress.patches import conv_pads, damped, output_sizes, unfold
 from onnxcompress.quantization.layerwise import (
     Layer,
     Lockstep,
@@ -47,7 +47,7 @@ from onnxcompress.quantization.layerwise import (
     settle,
     unlike,
 )
-from onnxcompress.quantization.rounding import DAMPING, damped, integer_bounds, round_columns
+from onnxcompress.quantization.rounding import DAMPING, integer_bounds, most_rows, round_columns
 from onnxcompress.shapes import infer_shapes, node_macs
 from onnxcompress.targets import get_target
 
@@ -66,8 +66,6 @@ _MOST_SAMPLES = 128
 #: a model is large where the fewest samples take more; more is worth it where weights have fewer bits
 _LARGE = 9e9
 _LARGE_BOUNDED = 4 * _LARGE
-#: products that one Gram matrix may take; at least four rows a column are used all the same
-_PRODUCTS = 2e10
 #: a Gram matrix of more columns takes too long to factorise
 _MOST_COLUMNS = 8192
 #: integers that differ more from the float weight, relative to its norm, do not come from it
@@ -251,8 +249,7 @@ class Patches:
         self.groups = int(attribute(node, "group", 1)) if self.conv else 1
         shape = layer.integers.shape
         self.columns = prod(shape[1:]) if self.conv else layer.integers.size // layer.channels
-        rows = min(max(self.columns, 32) * _ROWS_PER_COLUMN, _ROWS, int(_PRODUCTS / self.columns**2))
-        rows = max(rows, 4 * self.columns)
+        rows = min(max(self.columns, 32) * _ROWS_PER_COLUMN, _ROWS, most_rows(self.columns))
         self._positions = -(-rows // max(samples, 1))
         self._generator = generator
 

@@ -11,6 +11,7 @@ from onnxcompress.cli.options import (
     FILE,
     MODEL,
     Number,
+    benchmark_seconds_option,
     data_options,
     judge_options,
     output_option,
@@ -56,14 +57,7 @@ __all__ = ["compress"]
 @click.option(
     "--benchmark/--no-benchmark", default=True, show_default=True, help="Time the result against the original."
 )
-@click.option(
-    "--benchmark-seconds",
-    type=Number(0, min_open=True),
-    default=10.0,
-    show_default=True,
-    metavar="S",
-    help="About how long that may take.",
-)
+@benchmark_seconds_option
 @click.option("--force", is_flag=True, help="Write the result although it misses a budget.")
 @click.option("--save-recipe", metavar="FILE", type=FILE, help="Write the recipe with everything that was decided.")
 @click.option(

@@ -9,7 +9,10 @@ import click
 
 from onnxcompress.atomic import replacing, write_error, write_file
 from onnxcompress.cli.files import finish
-from onnxcompress.cli.options import Number, output_options
+from onnxcompress.cli.options import (
+    benchmark_seconds_option,
+    output_options,
+)
 from onnxcompress.cli.terminal import Terminal, pass_terminal
 from onnxcompress.errors import UsageError
 
@@ -24,14 +27,7 @@ __all__ = ["demo"]
     "-o", "--output", metavar="FOLDER", type=click.Path(file_okay=False), help="Keep model, data and result there."
 )
 @click.option("--benchmark/--no-benchmark", default=True, show_default=True, help="Time the result.")
-@click.option(
-    "--benchmark-seconds",
-    type=Number(0, min_open=True),
-    default=10.0,
-    show_default=True,
-    metavar="S",
-    help="About how long that may take.",
-)
+@benchmark_seconds_option
 @output_options
 @pass_terminal
 def demo(terminal: Terminal, /, output: str | None, **options: Any) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "MODEL",
     "Number",
     "Numbers",
+    "benchmark_seconds_option",
     "data_options",
     "debug_option",
     "flag_option",
@@ -186,3 +187,13 @@ def parsed_preprocess(text: str | None) -> Any:
     from onnxcompress.data import Preprocess
 
     return Preprocess.parse(text)
+
+
+benchmark_seconds_option = click.option(
+    "--benchmark-seconds",
+    type=Number(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="About how long that may take.",
+)

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from onnxcompress.base import Progress, SilentProgress
 from onnxcompress.graph import Graph, Names, copy_graph
 from onnxcompress.lockstep import Advance, Samples, samples_that_fit, split_samples
-from onnxcompress.patches import Moments
+from onnxcompress.patches import Moments, damped
 from onnxcompress.pruning.mixing import MixingLayer, find_mixing_layers, wanted_rows
 from onnxcompress.pruning.outputs import OutputJudge
 
@@ -458,7 +458,7 @@ def _weights(
         # An inverse of many columns takes seconds, and the stronger ridge is the safer one.
         ridges = _RIDGES if weight.shape[2] <= _FEW_COLUMNS else _RIDGES[:1]
     for ridge in ridges:
-        inverse: Floats = np.linalg.inv(_damped(gram, ridge)).astype(np.float64, copy=False)
+        inverse: Floats = np.linalg.inv(damped(gram, ridge)).astype(np.float64, copy=False)
         change = cross @ inverse
         new_bias = bias + moments.best_shift(change) if centred else bias
         error = rows.held_error(weight + change, new_bias)
@@ -492,11 +492,3 @@ def _cross(rows: _Rows, weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
         cross += away @ columns.swapaxes(1, 2)
         residual += away.sum(axis=2, dtype=np.float64)
     return cross, residual
-
-
-def _damped(gram: Floats, ridge: float) -> Floats:
-    """``gram`` with ``ridge`` times its mean diagonal on the diagonal, for each group."""
-    power = np.trace(gram, axis1=1, axis2=2) / gram.shape[1]
-    power = np.where(power > 0, power, 1.0)
-    damped: Floats = gram + (ridge * power)[:, None, None] * np.eye(gram.shape[1])
-    return damped

@@ -36,6 +36,7 @@ from onnxcompress.quantization.affine import MAX_BIAS
 if TYPE_CHECKING:
     from onnxcompress.base import Context
     from onnxcompress.data import Dataset
+    from onnxcompress.session import Optimization
 
 __all__ = [
     "Layer",
@@ -481,18 +482,14 @@ def keep_best(
         A graph (``start`` itself where nothing is kept), how many changes it holds, and the relative squared error of
         the outputs on ``data`` before and after.
     """
+    judge = Judge(teacher, data, threads)
     # With the integer kernels that will serve it, and as it is written: two draws of the same chance.
-    judges = [Judge(teacher, data, threads, optimization=level) for level in ("extended", "disabled")]
-
-    def judged(student: Graph) -> SampleErrors:
-        served, written = (judge.sample_errors(student) for judge in judges)
-        return SampleErrors(served.errors + written.errors, served.signals + written.signals)
-
-    before = judged(start)
+    levels: tuple[Optimization, ...] = ("extended", "disabled")
+    before = judge.sample_errors(start, levels)
     for count in sorted({len(changes) * share // 4 for share in (1, 2, 3, 4)} - {0}, reverse=True):
         candidate = copy_graph(start)
         mend(candidate, teacher, changes[:count])
-        after = judged(candidate)
+        after = judge.sample_errors(candidate, levels)
         if _no_worse(before, after):
             return candidate, count, before.relative, after.relative
     return start, 0, before.relative, before.relative

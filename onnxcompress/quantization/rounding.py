@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxcompress.patches import damped
 from onnxcompress.quantization.observers import Watcher
 
-__all__ = ["DAMPING", "GramWatcher", "damped", "integer_bounds", "round_columns"]
+__all__ = ["DAMPING", "GramWatcher", "integer_bounds", "most_rows", "round_columns"]
 
 Floats = NDArray[np.float64]
 
@@ -33,6 +34,11 @@ _BLOCK = 32
 _PRODUCTS = 2e10
 
 
+def most_rows(columns: int) -> int:
+    """How many rows a Gram matrix of ``columns`` is summed over at most."""
+    return max(int(_PRODUCTS / max(columns, 1) ** 2), 4 * columns)
+
+
 class GramWatcher(Watcher):
     """Sums ``X' X`` over the rows of a tensor [..., columns], of the first batches as far as that is worth its time."""
 
@@ -43,7 +49,7 @@ class GramWatcher(Watcher):
     def update(self, *values: NDArray[Any]) -> None:
         rows = values[0].reshape(-1, values[0].shape[-1])
         columns = rows.shape[1]
-        left = max(int(_PRODUCTS / max(columns, 1) ** 2), 4 * columns) - self._rows
+        left = most_rows(columns) - self._rows
         rows = rows[: max(left, 0)]
         if len(rows):
             self._rows += len(rows)
@@ -56,14 +62,6 @@ class GramWatcher(Watcher):
         if self._sum is None or not np.isfinite(self._sum).all() or not self._sum.any():
             return None
         return self._sum / self._rows
-
-
-def damped(gram: Floats, ridge: float) -> Floats:
-    """``gram`` with ``ridge`` times its mean diagonal on the diagonal, for each group."""
-    power = np.trace(gram, axis1=1, axis2=2) / gram.shape[1]
-    power = np.where(power > 0, power, 1.0)
-    result: Floats = gram + (ridge * power)[:, None, None] * np.eye(gram.shape[1])
-    return result
 
 
 def integer_bounds(start: Floats, largest_pair: int | None) -> tuple[Floats, Floats]:
