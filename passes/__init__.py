@@ -47,6 +47,11 @@ PASSES: Mapping[str, PassEntry] = MappingProxyType(
             "FoldBatchNorm",
             "Fold BatchNormalization and constant scales into Conv, Gemm and MatMul.",
         ),
+        "fold_padding": PassEntry(
+            "onnxcompress.passes.fold_padding",
+            "FoldPadding",
+            "Compute padded 1x1 convolutions without their border where a mean follows.",
+        ),
         "arrange_blocks": PassEntry(
             "onnxcompress.passes.arrange_blocks",
             "ArrangeBlocks",

@@ -1,9 +1,10 @@
 """Remove whole channels, neurons and attention heads, so that tensors get smaller.
 
-Which positions of which tensors go together is found by :mod:`onnxcompress.pruning.coupling`, they are cut by
-:mod:`onnxcompress.pruning.surgery`. Before that, constants are folded and vectors that an exporter merged are taken
-apart. Before anything is repaired, the cut graph is run beside the original with the removed channels masked at every
-consumer: both must answer the same, or an error is raised.
+First goes what costs no accuracy: padding that only repeats a bias (:mod:`onnxcompress.passes.fold_padding`); what
+that saves counts as removed. Constants are folded and vectors that an exporter merged are taken apart. Which positions
+of which tensors go together is found by :mod:`onnxcompress.pruning.coupling`, they are cut by
+:mod:`onnxcompress.pruning.surgery`. Before anything is repaired, the cut graph is run beside the original with the
+removed channels masked at every consumer: both must answer the same, or an error is raised.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from onnxcompress.lockstep import decibels
 from onnxcompress.passes.eliminate_dead_nodes import EliminateDeadNodes
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
 from onnxcompress.passes.fold_constants import FoldConstants
+from onnxcompress.passes.fold_padding import FoldPadding
 from onnxcompress.pruning.branches import drop_branches, drop_constants, still_there, vanishing
 from onnxcompress.pruning.choose import Aim, Chooser
 from onnxcompress.pruning.costs import ChannelCosts
@@ -37,7 +39,7 @@ from onnxcompress.pruning.prepare import share_vectors, unshare_vectors
 from onnxcompress.pruning.reconstruct import Recovery, Step, recover
 from onnxcompress.pruning.surgery import Cuts, masked, remove_channels
 from onnxcompress.pruning.timing import saved_times
-from onnxcompress.shapes import TensorType, infer_shapes
+from onnxcompress.shapes import TensorType, infer_shapes, node_macs
 from onnxcompress.verify import OutputComparison, compare
 
 __all__ = ["Prepared", "PruneChannels", "prepare"]
@@ -71,6 +73,13 @@ class Prepared:
     types: dict[str, TensorType]
     #: vectors that were taken apart: {name: name of the original}
     copies: dict[str, str]
+    #: multiply-accumulates before padding was folded, which counts as removed
+    whole: int
+
+    @property
+    def folded(self) -> bool:
+        """True where folding padding alone saved something."""
+        return self.costs.macs() < self.whole
 
     @property
     def costs(self) -> ChannelCosts:
@@ -85,9 +94,12 @@ def prepare(graph: Graph, *, fold_batch_norm: bool) -> Prepared:
         steps.append(FoldBatchNorm())
     for step in steps:
         graph = step(graph).graph
+    shapes = {t.name: tuple(t.shape) for t in graph.inputs if t.shape is not None}
+    whole = sum(node_macs(graph, infer_shapes(graph, shapes)).values())
+    graph = FoldPadding()(graph).graph
     copies = unshare_vectors(graph)
-    types = infer_shapes(graph, {t.name: tuple(t.shape) for t in graph.inputs if t.shape is not None})
-    return Prepared(graph, couple(graph, types), types, copies)
+    types = infer_shapes(graph, shapes)
+    return Prepared(graph, couple(graph, types), types, copies, whole)
 
 
 @dataclass
@@ -223,7 +235,12 @@ class PruneChannels(Pass):
         full = {group.name: group.channels for group in ready.coupling.groups}
         keep = {name: kept for name, kept in keep.items() if len(kept) < full[name]}
         if not keep:
-            context.warn("prune_channels removed nothing; inspect --coupling says which channels stay, and why")
+            if ready.folded:
+                yield from _folded(ready)
+                share_vectors(ready.graph, ready.copies)
+                replace_contents(graph, ready.graph)
+            else:
+                context.warn("prune_channels removed nothing; inspect --coupling says which channels stay, and why")
             return
         yield Decision("keep", {name: positions_text(kept.tolist()) for name, kept in keep.items()})
         # A group that goes as a whole is cut to one channel like any other, and checked, before its branch is dropped.
@@ -233,6 +250,7 @@ class PruneChannels(Pass):
         gone = [group for group in ready.coupling.groups if group.name in keep and not len(keep[group.name])]
         if gone:
             pruned, cuts = self._without(pruned, cuts, gone)
+        yield from _folded(ready)
         yield from _told(ready, keep)
         if self.recover and context.data is not None:
             pruned = yield from self._recovered(pruned, ready, cuts, context)
@@ -281,7 +299,14 @@ class PruneChannels(Pass):
             **self._measured(ready, free, context),
             progress=context.progress,
         )
-        candidates = Candidates(ready, chooser, self._aim, context)
+
+        def aim(macs: float | None = None) -> Aim:
+            """What remains of ``ready``, whose padding is folded already."""
+            found = self._aim(macs)
+            share = ready.whole / max(ready.costs.macs(), 1)
+            return found if found.macs is None else replace(found, macs=min(found.macs * share, 1.0))
+
+        candidates = Candidates(ready, chooser, aim, context)
         yield from (Refusal(_node_of(free, name), reason) for name, reason in chooser.notes.items())
         if self.time is not None:
             keep, reached = candidates.in_time(self.time, self.round_to or 1)
@@ -290,7 +315,7 @@ class PruneChannels(Pass):
                 context.warn(f"prune_channels: {reached:.2f} of the time remains, {self.time:g} was asked for")
             return keep
         if self.round_to or self._timed(context):
-            return candidates.keep(self._aim(), self.round_to or 1)
+            return candidates.keep(aim(), self.round_to or 1)
         keep, rounded = candidates.faster((1, 8))
         yield Decision("round_to", rounded)
         return keep
@@ -429,6 +454,12 @@ def _few_samples(graph: Graph, context: Context) -> Dataset | None:
         return None
 
 
+def _folded(ready: Prepared) -> Iterator[Change]:
+    if ready.folded:
+        saved = ready.whole - ready.costs.macs()
+        yield Change("folded", "", f"padding: {saved} multiply-accumulates less without removing a channel")
+
+
 def _told(ready: Prepared, keep: Mapping[str, Ints]) -> Iterator[Change | Detail]:
     groups = {group.name: group for group in ready.coupling.groups}
     for name, kept in keep.items():
@@ -438,7 +469,7 @@ def _told(ready: Prepared, keep: Mapping[str, Ints]) -> Iterator[Change | Detail
     costs = ready.costs
     counts = {name: len(kept) for name, kept in keep.items()}
     facts: dict[str, Any] = {
-        "macs": [costs.macs(), costs.macs(counts)],
+        "macs": [ready.whole, costs.macs(counts)],
         "parameters": [costs.parameters(), costs.parameters(counts)],
     }
     yield Detail("pruning", facts)

@@ -33,6 +33,7 @@ from onnxcompress.passes.eliminate_dead_nodes import EliminateDeadNodes
 from onnxcompress.passes.equalize_layers import EqualizeLayers
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
 from onnxcompress.passes.fold_constants import FoldConstants
+from onnxcompress.passes.fold_padding import FoldPadding
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.prune_channels import PruneChannels
 from onnxcompress.passes.prune_weights import PruneWeights
@@ -60,6 +61,7 @@ LOSSLESS = (
     Case("fold_constants_small", (FoldConstants(size_limit=0),)),
     Case("eliminate_dead_nodes", (EliminateDeadNodes(),)),
     Case("fold_batch_norm", (FoldBatchNorm(),)),
+    Case("fold_padding", (FoldPadding(),)),
     Case("arrange_blocks", (ArrangeBlocks(residuals="sum", projections="merged"),)),
     Case("lossless", load_recipe("lossless").passes),
 )

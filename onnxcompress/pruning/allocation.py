@@ -25,7 +25,15 @@ from onnxcompress.pruning.costs import ChannelCosts
 from onnxcompress.pruning.importance import Removal
 from onnxcompress.pruning.outputs import OutputError, judged_outputs
 
-__all__ = ["Budget", "Curve", "allocate", "output_effects", "uniform"]
+__all__ = [
+    "TIME_WEIGHTS",
+    "TIME_WEIGHTS_OF_CHANCES",
+    "Budget",
+    "Curve",
+    "allocate",
+    "output_effects",
+    "uniform",
+]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -41,7 +49,11 @@ _TINY = 1e-12
 _DECIBELS = 15.0
 _TIME_POWER = _DECIBELS / (10 * log10(2))
 #: weights of the time against the cost that are tried
-_TIME_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
+TIME_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
+#: where errors are divergences of probabilities, whose sum over groups says too little of what they do together: of a
+#: SqueezeNet at 0.72 of its multiply-accumulates a weight of 0.25 raised the sum by 2 % and the divergence by 10 %, for
+#: 4 % of the time (cross-validated on calibration images). Widths that pay are kept all the same
+TIME_WEIGHTS_OF_CHANCES = (0.0,)
 #: how much larger the error may become by whole branches in all
 _MOST_ERROR = 1.5
 
@@ -171,7 +183,7 @@ def allocate(
     target: float,
     channels: Mapping[str, int],
     *,
-    time_weights: Sequence[float] = _TIME_WEIGHTS,
+    time_weights: Sequence[float] = TIME_WEIGHTS,
 ) -> dict[str, int]:
     """{group: channels that stay} with ``budget`` at or below ``target`` at the least sum of output errors (greedily).
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,16 @@ from onnxcompress.base import Progress, SilentProgress
 from onnxcompress.graph import Graph
 from onnxcompress.lockstep import Samples, samples_that_fit, split_samples
 from onnxcompress.patches import Moments
-from onnxcompress.pruning.allocation import Budget, CostBudget, Curve, allocate, output_effects, uniform
+from onnxcompress.pruning.allocation import (
+    TIME_WEIGHTS,
+    TIME_WEIGHTS_OF_CHANCES,
+    Budget,
+    CostBudget,
+    Curve,
+    allocate,
+    output_effects,
+    uniform,
+)
 from onnxcompress.pruning.costs import ChannelCosts
 from onnxcompress.pruning.coupling import CouplingGroup
 from onnxcompress.pruning.importance import (
@@ -33,6 +43,7 @@ from onnxcompress.pruning.importance import (
     weight_axis,
 )
 from onnxcompress.pruning.mixing import MixingLayer, find_mixing_layers
+from onnxcompress.pruning.outputs import judged_outputs
 
 if TYPE_CHECKING:
     from onnxcompress.data import Dataset
@@ -138,7 +149,8 @@ class Chooser:
     def counts(self, aim: Aim, curves: Mapping[str, Curve]) -> dict[str, int]:
         """How many channels stay of each group."""
         full = dict(self.costs.full)
-        share = uniform if self.shared == "uniform" else allocate
+        weights = TIME_WEIGHTS_OF_CHANCES if self._answers_chances() else TIME_WEIGHTS
+        share = uniform if self.shared == "uniform" else partial(allocate, time_weights=weights)
         found: dict[str, int] = {}
         for kind, ratio in (("neurons", aim.ffn), ("heads", aim.heads)):
             if ratio is None:
@@ -153,6 +165,10 @@ class Chooser:
                 found |= counts
                 rest = {name: _at_least(curve, full[name] - counts[name]) for name, curve in rest.items()}
         return found
+
+    def _answers_chances(self) -> bool:
+        """True where an output of the model is made by a Softmax, so that its divergence is what is measured."""
+        return any(axes is not None for axes in judged_outputs(self.graph).values())
 
     def curves(self, removals: Mapping[str, Removal]) -> dict[str, Curve]:
         """What the outputs lose with each group, and how many channels may go."""
