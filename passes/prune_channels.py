@@ -29,6 +29,7 @@ from onnxcompress.passes.eliminate_dead_nodes import EliminateDeadNodes
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
 from onnxcompress.passes.fold_constants import FoldConstants
 from onnxcompress.passes.fold_padding import FoldPadding
+from onnxcompress.pruning.allocation import TIME_WORTH
 from onnxcompress.pruning.branches import drop_branches, drop_constants, still_there, vanishing
 from onnxcompress.pruning.choose import Aim, Chooser
 from onnxcompress.pruning.costs import ChannelCosts
@@ -39,7 +40,9 @@ from onnxcompress.pruning.prepare import share_vectors, unshare_vectors
 from onnxcompress.pruning.reconstruct import Recovery, Step, recover
 from onnxcompress.pruning.surgery import Cuts, masked, remove_channels
 from onnxcompress.pruning.timing import saved_times
+from onnxcompress.quantization.integer_form import integer_form
 from onnxcompress.shapes import TensorType, infer_shapes, node_macs
+from onnxcompress.targets import Target, get_target
 from onnxcompress.verify import OutputComparison, compare
 
 __all__ = ["Prepared", "PruneChannels", "prepare"]
@@ -113,6 +116,8 @@ class Candidates:
     chooser: Chooser
     aim: Callable[..., Aim]
     context: Context
+    #: what to quantise for before anything is timed; None: nothing is quantised
+    integers: Target | None = None
 
     def __post_init__(self) -> None:
         self.removals = self.chooser.removals()
@@ -151,12 +156,18 @@ class Candidates:
         return best
 
     def _cut(self, keep: Mapping[str, Ints]) -> Graph:
-        return remove_channels(self.ready.graph, self.ready.coupling.groups, keep, self.ready.coupling)[0]
+        groups = self.ready.coupling.groups
+        pruned, cuts = remove_channels(self.ready.graph, groups, _at_least_one(keep), self.ready.coupling)
+        gone = [group for group in groups if group.name in keep and not len(keep[group.name])]
+        return _without(pruned, cuts, gone, constants=True)[0] if gone else pruned
 
     def _ratio(self, reference: Graph, candidate: Graph) -> BenchmarkResult:
         data = _few_samples(self.ready.graph, self.context)
         if data is None:
             raise DataError("no samples fit the model's inputs, so nothing can be timed; give some with --data")
+        if self.integers is not None:
+            shapes = {name: value.shape for name, value in data.first().feeds.items()}
+            reference, candidate = (integer_form(graph, self.integers, shapes) for graph in (reference, candidate))
         with self.context.progress.paused():
             return benchmark(reference, candidate, data, seconds=_TIMING_SECONDS, sessions=6, seed=self.context.seed)
 
@@ -183,6 +194,16 @@ class PruneChannels(Pass):
     min_channels: int = Field(1, ge=1, description="Fewest channels that stay of a group")
     round_to: int = Field(
         0, ge=0, description="Keep multiples of this many channels; 0: what timing each width shows to pay"
+    )
+    timed_as: Literal["float", "int8"] = Field(
+        "float",
+        description="What is timed where time counts: the model as it is, or as it will be once it is quantised",
+    )
+    time_worth: float = Field(
+        TIME_WORTH, ge=0, description="Decibels of output error that twice the speed is worth when channels are chosen"
+    )
+    size_worth: float = Field(
+        0.0, ge=0, description="Decibels of output error that half the parameters are worth when channels are chosen"
     )
     drop_branches: bool = Field(
         True, description="Let whole residual branches go where that costs least; only with obs, repair and no rounding"
@@ -243,13 +264,12 @@ class PruneChannels(Pass):
                 context.warn("prune_channels removed nothing; inspect --coupling says which channels stay, and why")
             return
         yield Decision("keep", {name: positions_text(kept.tolist()) for name, kept in keep.items()})
-        # A group that goes as a whole is cut to one channel like any other, and checked, before its branch is dropped.
-        least = {name: kept if len(kept) else np.zeros(1, np.int64) for name, kept in keep.items()}
+        least = _at_least_one(keep)
         pruned, cuts = remove_channels(ready.graph, ready.coupling.groups, least, ready.coupling)
         self._check(ready, pruned, least, context)
         gone = [group for group in ready.coupling.groups if group.name in keep and not len(keep[group.name])]
         if gone:
-            pruned, cuts = self._without(pruned, cuts, gone)
+            pruned, cuts = _without(pruned, cuts, gone, constants=self.recover)
         yield from _folded(ready)
         yield from _told(ready, keep)
         if self.recover and context.data is not None:
@@ -293,6 +313,8 @@ class PruneChannels(Pass):
             shared=self.allocation,
             least=self.min_channels,
             round_to=max(self.round_to, 1),
+            time_worth=self.time_worth,
+            size_worth=self.size_worth,
             seed=context.seed,
             threads=context.threads,
             scales=scales,
@@ -306,7 +328,7 @@ class PruneChannels(Pass):
             share = ready.whole / max(ready.costs.macs(), 1)
             return found if found.macs is None else replace(found, macs=min(found.macs * share, 1.0))
 
-        candidates = Candidates(ready, chooser, aim, context)
+        candidates = Candidates(ready, chooser, aim, context, self._integers(context))
         yield from (Refusal(_node_of(free, name), reason) for name, reason in chooser.notes.items())
         if self.time is not None:
             keep, reached = candidates.in_time(self.time, self.round_to or 1)
@@ -319,6 +341,10 @@ class PruneChannels(Pass):
         keep, rounded = candidates.faster((1, 8))
         yield Decision("round_to", rounded)
         return keep
+
+    def _integers(self, context: Context) -> Target | None:
+        """The target that what is timed is quantised for."""
+        return get_target(context.target) if self.timed_as == "int8" else None
 
     def _timed(self, context: Context) -> bool:
         """True where effects on the outputs are known, so that time can be weighed against them width by width."""
@@ -338,7 +364,7 @@ class PruneChannels(Pass):
         may_vanish: set[str] = set()
         if self.drop_branches and self.recover and self.min_channels == 1:
             may_vanish = vanishing(free, {layer.name: layer for layer in find_mixing_layers(ready.graph)}, types)
-        saved = saved_times(free, cut, types, batch.feeds, progress=context.progress)
+        saved = saved_times(free, cut, types, batch.feeds, integers=self._integers(context), progress=context.progress)
         return {"saved": saved, "may_vanish": frozenset(may_vanish)}
 
     def _aim(self, macs: float | None = None) -> Aim:
@@ -347,19 +373,6 @@ class PruneChannels(Pass):
             others = (self.params, self.ffn, self.heads)
             macs = _DEFAULT_MACS if self.macs is None and all(aim is None for aim in others) else self.macs
         return Aim(macs, self.params, self.ffn, self.heads)
-
-    def _without(self, pruned: Graph, cuts: Cuts, gone: Sequence[CouplingGroup]) -> tuple[Graph, Cuts]:
-        """The graph without the branches of ``gone``, and what was cut of the tensors that are left."""
-        readers = [name for group in gone for name in group.consumers]
-        layers = {layer.name: layer for layer in find_mixing_layers(pruned)}
-        for name in readers:
-            if name not in layers or layers[name].sum_output is None:
-                raise UsageError(f"keep leaves nothing of what {name!r} reads, which is no branch that can go")
-        sums = [str(tensor.name) for name in readers if (tensor := layers[name].sum_output) is not None]
-        pruned = drop_branches(pruned, readers)
-        if self.recover:
-            pruned = drop_constants(pruned, sums)
-        return pruned, still_there(cuts, pruned)
 
     # ---- repair
 
@@ -426,6 +439,28 @@ class PruneChannels(Pass):
                     f"cutting channels changed output {name!r} (relative error {_error(output):.3g}) where masking "
                     "them did not; nothing was changed, please report it with the model"
                 )
+
+
+def _at_least_one(keep: Mapping[str, Ints]) -> dict[str, Ints]:
+    """A group that goes as a whole is cut to one channel like any other, and checked, before its branch is dropped."""
+    return {name: kept if len(kept) else np.zeros(1, np.int64) for name, kept in keep.items()}
+
+
+def _without(pruned: Graph, cuts: Cuts, gone: Sequence[CouplingGroup], *, constants: bool) -> tuple[Graph, Cuts]:
+    """The graph without the branches of ``gone``, and what was cut of the tensors that are left.
+
+    With ``constants`` what a branch adds to the stream on average goes as well: repair makes up for it.
+    """
+    readers = [name for group in gone for name in group.consumers]
+    layers = {layer.name: layer for layer in find_mixing_layers(pruned)}
+    for name in readers:
+        if name not in layers or layers[name].sum_output is None:
+            raise UsageError(f"keep leaves nothing of what {name!r} reads, which is no branch that can go")
+    sums = [str(tensor.name) for name in readers if (tensor := layers[name].sum_output) is not None]
+    pruned = drop_branches(pruned, readers)
+    if constants:
+        pruned = drop_constants(pruned, sums)
+    return pruned, still_there(cuts, pruned)
 
 
 def _error(output: OutputComparison) -> float:

@@ -283,6 +283,24 @@ def test_an_aim_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not context.warnings
 
 
+@pytest.mark.parametrize("aim", [{"macs": 0.6, "size_worth": 10.0}, {"time": 0.8}])
+def test_timed_as_it_will_be_quantised(aim: Mapping[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = prune_channels.benchmark, []
+
+    def run(reference: Graph, candidate: Graph, data: Any, **options: Any) -> Any:
+        seen.extend([reference, candidate])
+        return real(reference, candidate, data, **{**options, "seconds": 0.05})
+
+    monkeypatch.setattr(prune_channels, "benchmark", run)
+    model = wide()
+    step = PruneChannels.model_validate({"timed_as": "int8", **aim})
+    result = step(from_proto(model), Context(data=samples(model)))
+    assert macs(result.graph) < macs(from_proto(model))
+    assert "QuantizeLinear" not in {node.op for node in result.graph.nodes}
+    assert bool(seen) == ("time" in aim)
+    assert all("QuantizeLinear" in {node.op for node in graph.nodes} for graph in seen)
+
+
 def test_the_recipe_prunes_and_quantises() -> None:
     model = wide()
     recipe = load_recipe("prune-int8")

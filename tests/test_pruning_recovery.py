@@ -20,7 +20,7 @@ from onnxcompress.lockstep import Advance
 from onnxcompress.passes.prune_channels import PruneChannels
 from onnxcompress.proto import from_proto, to_proto
 from onnxcompress.pruning import reconstruct
-from onnxcompress.pruning.allocation import CostBudget, Curve, allocate, output_effects, uniform
+from onnxcompress.pruning.allocation import CostBudget, Curve, Size, allocate, output_effects, uniform
 from onnxcompress.pruning.branches import drop_branches, drop_constants, vanishing
 from onnxcompress.pruning.choose import Aim, Chooser
 from onnxcompress.pruning.costs import ChannelCosts
@@ -29,9 +29,12 @@ from onnxcompress.pruning.mixing import find_mixing_layers
 from onnxcompress.pruning.outputs import OutputError, judged_outputs
 from onnxcompress.pruning.reconstruct import Recovery, recover
 from onnxcompress.pruning.surgery import remove_channels
-from onnxcompress.pruning.timing import saved_times
+from onnxcompress.pruning.timing import _saved, saved_times
+from onnxcompress.quantization.audit import optimized_structure
+from onnxcompress.quantization.integer_form import integer_form
 from onnxcompress.session import Session
 from onnxcompress.shapes import infer_shapes
+from onnxcompress.targets import CPU
 
 Floats = NDArray[np.float64]
 
@@ -310,6 +313,27 @@ def test_time_draws_the_choice_to_where_it_is_saved() -> None:
     assert found[second] < found[first]
 
 
+def test_size_draws_the_choice_to_where_parameters_are() -> None:
+    budget, curves, full = budgeted()
+    first, second = curves
+    even = {name: Curve(np.arange(13.0), np.arange(12)) for name in curves}
+
+    class Parameters:
+        """All of them belong to the second group."""
+
+        def remaining(self, counts: Mapping[str, int]) -> float:
+            return counts[second] / full[second]
+
+        def slopes(self, counts: Mapping[str, int]) -> Mapping[str, float]:
+            return {first: 0.0, second: 1 / full[second]}
+
+    found = allocate(budget, even, 0.8, full, size=Size(Parameters(), 10.0))
+    assert found[second] < found[first]
+    assert budget.remaining(found) <= 0.8
+    # A worth of nothing changes nothing: the weights are tried, and the error alone decides.
+    assert allocate(budget, curves, 0.8, full, size=Size(Parameters(), 0.0)) == allocate(budget, curves, 0.8, full)
+
+
 def test_neurons_and_heads_have_budgets_of_their_own() -> None:
     model = residual_net()
     graph, coupling = coupled(model)
@@ -450,6 +474,40 @@ def test_time_saved_grows_with_the_channels_removed() -> None:
         known = saved[np.isfinite(saved)]  # where odd widths are slow, only those that were timed
         assert np.all(np.diff(known) >= 0)
         assert known[-1] > known[-2] > 0.0
+
+
+def test_time_saved_by_what_will_be_quantised() -> None:
+    model = residual_net(channels=16, inner=48)
+    graph, coupling, groups = inner_groups(model)
+
+    def cut_to(keep: Mapping[str, Any]) -> Graph:
+        return remove_channels(graph, coupling.groups, {n: np.array(k) for n, k in keep.items()}, coupling)[0]
+
+    feeds = make_feeds(model, sizes={"N": 8})
+    types = infer_shapes(graph, {name: value.shape for name, value in feeds.items()})
+    found = saved_times(groups, cut_to, types, feeds, integers=CPU)
+    assert set(found) == {group.name for group in groups}
+    for saved in found.values():
+        assert saved[0] == 0.0
+        assert saved[-1] == np.nanmax(saved) > 0.0
+
+
+def test_widths_that_fall_out_of_a_fast_kernel_are_not_offered() -> None:
+    times = {16: 1.0, 15: 2.0, 14: 1.9, 8: 1.2, 4: 0.6, 1: 0.3}
+    saved = _saved(times, 16, 4.0)
+    assert [16 - int(gone) for gone in np.flatnonzero(np.isfinite(saved))] == [16, 4, 1, 0]
+    assert saved[[0, 12, 15, 16]].tolist() == [0.0, pytest.approx(0.1), pytest.approx(0.175), pytest.approx(0.25)]
+
+
+def test_an_integer_form_has_integer_kernels() -> None:
+    graph = from_proto(residual_net(channels=16, inner=48))
+    before = to_proto(graph).SerializeToString()
+    feeds = make_feeds(residual_net(channels=16, inner=48), sizes={"N": 8})
+    form = integer_form(graph, CPU, {name: value.shape for name, value in feeds.items()}, whole=False)
+    assert to_proto(graph).SerializeToString() == before
+    operators = [node.op_type for node in optimized_structure(form).graph.node]
+    assert operators.count("QLinearConv") == 5 and "Conv" not in operators
+    Session(form, threads=1).run(feeds)
 
 
 def test_a_removal_keeps_what_is_last_in_its_order() -> None:

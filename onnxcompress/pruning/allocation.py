@@ -10,7 +10,7 @@ remain) is then spent greedily, where an output error buys the most (:func:`allo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log10
 from typing import Any, Protocol
 
@@ -28,8 +28,10 @@ from onnxcompress.pruning.outputs import OutputError, judged_outputs
 __all__ = [
     "TIME_WEIGHTS",
     "TIME_WEIGHTS_OF_CHANCES",
+    "TIME_WORTH",
     "Budget",
     "Curve",
+    "Size",
     "allocate",
     "output_effects",
     "uniform",
@@ -43,17 +45,19 @@ Ints = NDArray[np.int64]
 _CHOICES = 96
 #: error of an output that is measured as none
 _TINY = 1e-12
-#: error of the outputs that counts as much as a doubling of speed; so time to this power counts like the error. From
+#: decibels of output error that count as much as a doubling of speed. From
 #: training images alone: of 2,000 that calibration had not seen, a ResNet-56 at half of its multiply-accumulates got
 #: 98.75, 98.65 and 98.70 % right (99.95 % whole) with 10, 12 and 15 dB, while its predicted time fell by 8 %
-_DECIBELS = 15.0
-_TIME_POWER = _DECIBELS / (10 * log10(2))
+TIME_WORTH = 15.0
 #: weights of the time against the cost that are tried
 TIME_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
 #: where errors are divergences of probabilities, whose sum over groups says too little of what they do together: of a
 #: SqueezeNet at 0.72 of its multiply-accumulates a weight of 0.25 raised the sum by 2 % and the divergence by 10 %, for
 #: 4 % of the time (cross-validated on calibration images). Widths that pay are kept all the same
 TIME_WEIGHTS_OF_CHANCES = (0.0,)
+#: weights of the size, and the most that time and size may have together
+_SIZE_WEIGHTS = (0.0, 0.25, 0.5)
+_MOST_WEIGHT = 0.8
 #: how much larger the error may become by whole branches in all
 _MOST_ERROR = 1.5
 
@@ -98,6 +102,19 @@ class CostBudget:
         slopes = self.costs.macs_per_channel(counts) if macs else self.costs.parameters_per_channel(counts)
         whole = max(self.costs.macs() if macs else self.costs.parameters(), 1)
         return {name: slope / whole for name, slope in slopes.items()}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a smaller model is worth: so many decibels of output error count as much as half the parameters."""
+
+    budget: Budget
+    decibels: float
+
+
+def _power(decibels: float) -> float:
+    """What is worth so many decibels when it halves counts like an error, to this power."""
+    return decibels / (10 * log10(2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,12 +201,15 @@ def allocate(
     channels: Mapping[str, int],
     *,
     time_weights: Sequence[float] = TIME_WEIGHTS,
+    time_worth: float = TIME_WORTH,
+    size: Size | None = None,
 ) -> dict[str, int]:
     """{group: channels that stay} with ``budget`` at or below ``target`` at the least sum of output errors (greedily).
 
-    Where curves know the time that channels save, a step is judged by both: a weight of the time saved and the rest of
-    the cost saved. Each of ``time_weights`` is tried, and the choice is taken whose error and time are the best
-    together: :data:`_DECIBELS` of error count as much as a doubling of speed.
+    Where curves know the time that channels save, or ``size`` is worth something, a step is judged by all of them: a
+    weight of the time saved, one of the size saved, and the rest of the cost saved. Each pair of weights is tried, and
+    the choice is taken whose error, time and size are the best together: ``time_worth`` decibels of error count as much
+    as a doubling of speed, and ``size`` says what halving the size counts.
 
     Args:
         budget: what is to be saved.
@@ -197,97 +217,156 @@ def allocate(
         target: share of the cost that may remain.
         channels: of every group.
         time_weights: between 0 and 1.
+        time_worth: decibels of error that a doubling of speed is worth.
+        size: what a smaller model is worth; None: nothing.
 
     Raises:
         UsageError: the target is out of reach.
     """
-    if not any(curve.saved is not None for curve in curves.values()):
-        kept = _spent(budget, curves, target, channels, 0.0)
+    timed = any(curve.saved is not None for curve in curves.values())
+    if not timed and size is None:
+        kept = _Sharing(budget, curves, target, channels).spent()
         return {name: kept[name] for name in curves}
     found = []
-    for weight in time_weights:
-        kept = _spent(budget, curves, target, channels, weight)
-        _let_go(budget, curves, target, channels, kept, weight)
-        found.append(kept)
-    best = min(found, key=lambda kept: _balance(curves, channels, kept)[0])
+    for by_time in time_weights if timed else (0.0,):
+        for by_size in _SIZE_WEIGHTS if size is not None else (0.0,):
+            if by_time + by_size > _MOST_WEIGHT:
+                continue
+            sharing = _Sharing(budget, curves, target, channels, by_time, by_size, time_worth, size)
+            kept = sharing.spent()
+            if timed:
+                sharing.let_go(kept)
+            found.append((sharing.balance(kept)[0], kept))
+    best = min(found, key=lambda each: each[0])[1]
     return {name: best[name] for name in curves}
 
 
-def _spent(
-    budget: Budget, curves: Mapping[str, Curve], target: float, channels: Mapping[str, int], weight: float
-) -> dict[str, int]:
-    """Channels that stay, of all groups, for one weight of the time."""
-    removed = {name: int(curve.allowed[0]) for name, curve in curves.items()}
-    kept = {**channels, **{name: channels[name] - gone for name, gone in removed.items()}}
-    choices = {name: _thinned(curve.allowed) for name, curve in curves.items()}
-    remaining = budget.remaining(kept)
-    while remaining > target:
-        slopes = budget.slopes(kept)
-        best: tuple[float, str, int] | None = None
-        for name, curve in curves.items():
-            now = removed[name]
-            ahead = choices[name][choices[name] > now]
-            if not len(ahead) or slopes.get(name, 0.0) <= 0.0:
-                continue
-            gain = (1 - weight) * slopes[name] * (ahead - now)
-            if curve.saved is not None and weight:
-                gain = gain + weight * np.maximum(curve.saved[ahead] - curve.saved[now], 0.0)
-            rates = (curve.error[ahead] - curve.error[now] + _TINY) / np.maximum(gain, 1e-300)
-            pick = int(np.argmin(rates))
-            if best is None or rates[pick] < best[0]:
-                best = float(rates[pick]), name, int(ahead[pick])
-        if best is None:
-            raise UsageError(
-                f"{remaining:.1%} of the cost remain with everything removed that may be, more than the {target:.1%} "
-                "asked for; raise the target, or exclude less"
-            )
-        _, name, goal = best
-        for step in curves[name].allowed[curves[name].allowed > removed[name]]:
-            removed[name] = int(step)
-            kept[name] = channels[name] - int(step)
-            remaining = budget.remaining(kept)
-            if step >= goal or remaining <= target:
-                break
-    _give_back(budget, curves, target, channels, kept, weight)
-    return kept
+@dataclass(frozen=True)
+class _Sharing:
+    """One way to share ``budget`` out: with one weight of the time and one of the size."""
 
+    budget: Budget
+    curves: Mapping[str, Curve]
+    target: float
+    channels: Mapping[str, int]
+    by_time: float = 0.0
+    by_size: float = 0.0
+    time_worth: float = TIME_WORTH
+    size: Size | None = None
 
-def _balance(curves: Mapping[str, Curve], channels: Mapping[str, int], kept: Mapping[str, int]) -> tuple[float, float]:
-    """Logarithms of what is to be small, the error of the outputs times a power of the time, and of the error alone."""
-    error, saved = 0.0, 0.0
-    for name, curve in curves.items():
-        gone = channels[name] - kept[name]
-        error += float(curve.error[gone])
-        saved += float(curve.saved[gone]) if curve.saved is not None else 0.0
-    log = float(np.log(max(error, _TINY)))
-    return log + _TIME_POWER * float(np.log(max(1 - saved, 0.05))), log
+    def spent(self) -> dict[str, int]:
+        """Channels that stay, of all groups."""
+        curves, channels = self.curves, self.channels
+        removed = {name: int(curve.allowed[0]) for name, curve in curves.items()}
+        kept = {**channels, **{name: channels[name] - gone for name, gone in removed.items()}}
+        choices = {name: _thinned(curve.allowed) for name, curve in curves.items()}
+        remaining = self.budget.remaining(kept)
+        while remaining > self.target:
+            slopes = self.budget.slopes(kept)
+            gains = self._gains(kept, slopes)
+            best: tuple[float, str, int] | None = None
+            for name, curve in curves.items():
+                now = removed[name]
+                ahead = choices[name][choices[name] > now]
+                if not len(ahead) or slopes.get(name, 0.0) <= 0.0:
+                    continue
+                gain = gains[name] * (ahead - now)
+                if curve.saved is not None and self.by_time:
+                    gain = gain + self.by_time * np.maximum(curve.saved[ahead] - curve.saved[now], 0.0)
+                rates = (curve.error[ahead] - curve.error[now] + _TINY) / np.maximum(gain, 1e-300)
+                pick = int(np.argmin(rates))
+                if best is None or rates[pick] < best[0]:
+                    best = float(rates[pick]), name, int(ahead[pick])
+            if best is None:
+                raise UsageError(
+                    f"{remaining:.1%} of the cost remain with everything removed that may be, more than the "
+                    f"{self.target:.1%} asked for; raise the target, or exclude less"
+                )
+            _, name, goal = best
+            for step in curves[name].allowed[curves[name].allowed > removed[name]]:
+                removed[name] = int(step)
+                kept[name] = channels[name] - int(step)
+                remaining = self.budget.remaining(kept)
+                if step >= goal or remaining <= self.target:
+                    break
+        self._give_back(kept)
+        return kept
 
+    def balance(self, kept: Mapping[str, int]) -> tuple[float, float]:
+        """Logarithms of what is to be small: the outputs' error times powers of time and size, and the error alone."""
+        error, saved = 0.0, 0.0
+        for name, curve in self.curves.items():
+            gone = self.channels[name] - kept[name]
+            error += float(curve.error[gone])
+            saved += float(curve.saved[gone]) if curve.saved is not None else 0.0
+        log = float(np.log(max(error, _TINY)))
+        value = log + _power(self.time_worth) * float(np.log(max(1 - saved, 0.05)))
+        if self.size is not None:
+            value += _power(self.size.decibels) * float(np.log(max(self.size.budget.remaining(kept), _TINY)))
+        return value, log
 
-def _let_go(
-    budget: Budget,
-    curves: Mapping[str, Curve],
-    target: float,
-    channels: Mapping[str, int],
-    kept: dict[str, int],
-    weight: float,
-) -> None:
-    """Let whole groups go, one at a time, while what they leave room for and the time they save outweigh them."""
-    best, error = _balance(curves, channels, kept)
-    most = error + float(np.log(_MOST_ERROR))
-    while True:
-        found: tuple[float, dict[str, int]] | None = None
-        for name, curve in curves.items():
-            if kept[name] == 0 or curve.allowed[-1] != channels[name]:
-                continue
-            trial = {**kept, name: 0}
-            _give_back(budget, {n: c for n, c in curves.items() if n != name}, target, channels, trial, weight)
-            value, error = _balance(curves, channels, trial)
-            if error <= most and value < (best if found is None else found[0]):
-                found = value, trial
-        if found is None:
-            return
-        best = found[0]
-        kept.update(found[1])
+    def let_go(self, kept: dict[str, int]) -> None:
+        """Let whole groups go, one at a time, while what they leave room for and what they save outweigh them."""
+        best, error = self.balance(kept)
+        most = error + float(np.log(_MOST_ERROR))
+        while True:
+            found: tuple[float, dict[str, int]] | None = None
+            for name, curve in self.curves.items():
+                if kept[name] == 0 or curve.allowed[-1] != self.channels[name]:
+                    continue
+                trial = {**kept, name: 0}
+                replace(self, curves={n: c for n, c in self.curves.items() if n != name})._give_back(trial)
+                value, error = self.balance(trial)
+                if error <= most and value < (best if found is None else found[0]):
+                    found = value, trial
+            if found is None:
+                return
+            best = found[0]
+            kept.update(found[1])
+
+    def _gains(self, kept: Mapping[str, int], slopes: Mapping[str, float]) -> dict[str, float]:
+        """What one channel less of each group saves, the time aside."""
+        sizes = self.size.budget.slopes(kept) if self.size is not None and self.by_size else {}
+        rest = 1 - self.by_time - self.by_size
+        return {n: rest * slopes.get(n, 0.0) + self.by_size * sizes.get(n, 0.0) for n in self.curves}
+
+    def _give_back(self, kept: dict[str, int]) -> None:
+        """Restore channels where they are worth most for what they cost, as far as the target leaves room."""
+        channels = self.channels
+        room = self.target - self.budget.remaining(kept)
+        slopes = self.budget.slopes(kept)
+        gains = self._gains(kept, slopes)
+        closed: set[str] = set()
+        while room > 0:
+            best: tuple[float, str, int] | None = None
+            for name, curve in self.curves.items():
+                gone = channels[name] - kept[name]
+                if name in closed or kept[name] == 0:
+                    continue
+                fewer = curve.allowed[curve.allowed < gone]
+                cost = slopes.get(name, 0.0) * (gone - fewer)
+                fewer = fewer[cost <= room]
+                if not len(fewer):
+                    continue
+                spent = gains[name] * (gone - fewer)
+                if curve.saved is not None and self.by_time:
+                    spent = spent + self.by_time * (curve.saved[gone] - curve.saved[fewer])
+                rates = (curve.error[gone] - curve.error[fewer]) / np.maximum(spent, 1e-9)
+                pick = int(np.argmax(rates))
+                if rates[pick] > 0 and (best is None or rates[pick] > best[0]):
+                    best = float(rates[pick]), name, channels[name] - int(fewer[pick])
+            if best is None:
+                return
+            name, count = best[1:]
+            # Groups on both sides of one product cost more than the slope says: then this one is left as it is.
+            trial = {**kept, name: count}
+            remaining = self.budget.remaining(trial)
+            if remaining <= self.target:
+                kept[name] = count
+                room, slopes = self.target - remaining, self.budget.slopes(kept)
+                gains = self._gains(kept, slopes)
+            else:
+                closed.add(name)
 
 
 def _thinned(allowed: Ints) -> Ints:
@@ -295,49 +374,6 @@ def _thinned(allowed: Ints) -> Ints:
         return allowed
     places = np.unique(np.linspace(0, len(allowed) - 1, _CHOICES).round().astype(np.int64))
     return np.asarray(allowed[places])
-
-
-def _give_back(
-    budget: Budget,
-    curves: Mapping[str, Curve],
-    target: float,
-    channels: Mapping[str, int],
-    kept: dict[str, int],
-    weight: float,
-) -> None:
-    """Restore channels where they are worth most for what they cost, as far as the target leaves room."""
-    room = target - budget.remaining(kept)
-    slopes = budget.slopes(kept)
-    closed: set[str] = set()
-    while room > 0:
-        best: tuple[float, str, int] | None = None
-        for name, curve in curves.items():
-            gone = channels[name] - kept[name]
-            if name in closed or kept[name] == 0:
-                continue
-            fewer = curve.allowed[curve.allowed < gone]
-            cost = slopes.get(name, 0.0) * (gone - fewer)
-            fewer, cost = fewer[cost <= room], cost[cost <= room]
-            if not len(fewer):
-                continue
-            spent = (1 - weight) * cost
-            if curve.saved is not None and weight:
-                spent = spent + weight * (curve.saved[gone] - curve.saved[fewer])
-            rates = (curve.error[gone] - curve.error[fewer]) / np.maximum(spent, 1e-9)
-            pick = int(np.argmax(rates))
-            if rates[pick] > 0 and (best is None or rates[pick] > best[0]):
-                best = float(rates[pick]), name, channels[name] - int(fewer[pick])
-        if best is None:
-            return
-        name, count = best[1:]
-        # Groups on both sides of one product cost more than the slope says: then this one is left as it is.
-        trial = {**kept, name: count}
-        remaining = budget.remaining(trial)
-        if remaining <= target:
-            kept[name] = count
-            room, slopes = target - remaining, budget.slopes(kept)
-        else:
-            closed.add(name)
 
 
 def uniform(budget: Budget, curves: Mapping[str, Curve], target: float, channels: Mapping[str, int]) -> dict[str, int]:

@@ -21,9 +21,11 @@ from onnxcompress.patches import Moments
 from onnxcompress.pruning.allocation import (
     TIME_WEIGHTS,
     TIME_WEIGHTS_OF_CHANCES,
+    TIME_WORTH,
     Budget,
     CostBudget,
     Curve,
+    Size,
     allocate,
     output_effects,
     uniform,
@@ -104,6 +106,8 @@ class Chooser:
         least: fewest channels that stay of a group.
         round_to: multiples of this many channels stay where a group has as many.
         scales: of BatchNormalization, for that criterion.
+        time_worth: decibels of output error that a doubling of speed is worth.
+        size_worth: decibels of output error that half the parameters are worth.
         saved: for some groups, the share of the time that 0, 1, ... removed channels save.
         may_vanish: groups that may lose all channels, where what that does to the outputs can be measured.
     """
@@ -117,6 +121,8 @@ class Chooser:
     shared: str = "output"
     least: int = 1
     round_to: int = 1
+    time_worth: float = TIME_WORTH
+    size_worth: float = 0.0
     seed: int = 0
     threads: int = 0
     scales: Mapping[str, Array] = field(default_factory=dict)
@@ -150,7 +156,9 @@ class Chooser:
         """How many channels stay of each group."""
         full = dict(self.costs.full)
         weights = TIME_WEIGHTS_OF_CHANCES if self._answers_chances() else TIME_WEIGHTS
-        share = uniform if self.shared == "uniform" else partial(allocate, time_weights=weights)
+        share = (
+            uniform if self.shared == "uniform" else partial(allocate, time_weights=weights, time_worth=self.time_worth)
+        )
         found: dict[str, int] = {}
         for kind, ratio in (("neurons", aim.ffn), ("heads", aim.heads)):
             if ratio is None:
@@ -161,6 +169,9 @@ class Chooser:
         fixed = dict(found)
         for kind, ratio in (("macs", aim.macs), ("parameters", aim.params)):
             if ratio is not None:
+                if self.size_worth and self.shared != "uniform":
+                    size = Size(_Fixed(CostBudget(self.costs, "parameters"), fixed), self.size_worth)
+                    share = partial(allocate, time_weights=weights, time_worth=self.time_worth, size=size)
                 counts = share(_Fixed(CostBudget(self.costs, kind), fixed), rest, ratio, full)
                 found |= counts
                 rest = {name: _at_least(curve, full[name] - counts[name]) for name, curve in rest.items()}

@@ -1,7 +1,8 @@
 """What channels cost in time: each group's own piece of the graph, cut to a few widths and timed on this machine.
 
 Multiply-accumulates are not time: kernels work on blocks of 8 or 16 channels, so that 33 may cost as much as 48. The
-piece of a group runs from the inputs of its producers to the outputs of its readers. Equal pieces are timed once.
+piece of a group runs from the inputs of its producers to the outputs of its readers. Equal pieces are timed once. What
+will be quantised is timed as integers (:mod:`onnxcompress.quantization.integer_form`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from onnxcompress.base import Progress, SilentProgress
 from onnxcompress.errors import OnnxCompressError
 from onnxcompress.graph import Graph, nested_graphs, part_info, sort_nodes
 from onnxcompress.pruning.coupling import CouplingGroup
+from onnxcompress.quantization.integer_form import integer_form
 from onnxcompress.session import Session
 from onnxcompress.shapes import TensorType
+from onnxcompress.targets import Target
 
 __all__ = ["saved_times"]
 
@@ -44,6 +47,7 @@ def saved_times(
     types: Mapping[str, TensorType],
     feeds: Mapping[str, NDArray[Any]],
     *,
+    integers: Target | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Floats]:
     """{group: share of the model's time that is saved by 0, 1, ... removed channels}, ``[channels + 1]``.
@@ -56,11 +60,15 @@ def saved_times(
         cut: {group: channels that stay} to the cut graph; nothing to cut: the graph itself.
         types: types and shapes of the graph's tensors for ``feeds``.
         feeds: one batch for the whole model.
+        integers: time everything quantised for this target; None: as it is.
         progress: where to report to.
     """
     progress = progress if progress is not None else SilentProgress()
     whole = cut({})
-    seconds = _timed({0: Session(whole, threads=1).bind(dict(feeds))})[0]
+    form = whole
+    if integers is not None:
+        form = integer_form(whole, integers, {name: value.shape for name, value in feeds.items()})
+    seconds = _timed({0: Session(form, threads=1).bind(dict(feeds))})[0]
     known: dict[Any, dict[int, float]] = {}
     found = {}
     for group in progress.track(groups, "timing channels", len(groups)):
@@ -70,7 +78,7 @@ def saved_times(
         key = _signature(piece, group, types)
         if key not in known:
             with progress.paused():
-                known[key] = _widths(group, cut, types)
+                known[key] = _widths(group, cut, types, integers)
         if known[key]:
             found[group.name] = _saved(known[key], group.channels, seconds)
     return found
@@ -132,7 +140,9 @@ def _signature(piece: Graph, group: CouplingGroup, types: Mapping[str, TensorTyp
     return group.channels, nodes, tuple(str(types[t.name].shape) for t in piece.inputs)
 
 
-def _widths(group: CouplingGroup, cut: Cut, types: Mapping[str, TensorType]) -> dict[int, float]:
+def _widths(
+    group: CouplingGroup, cut: Cut, types: Mapping[str, TensorType], integers: Target | None
+) -> dict[int, float]:
     """Seconds for some numbers of channels that stay; none where a piece cannot be run."""
     channels = group.channels
     step = max(1, channels // 8)
@@ -152,6 +162,8 @@ def _widths(group: CouplingGroup, cut: Cut, types: Mapping[str, TensorType]) -> 
                 assert shape is not None
                 sizes = [d if isinstance(d, int) else 1 for d in shape]
                 data[tensor.name] = generator.standard_normal(sizes).astype(np.float32)
+            if integers is not None:
+                piece = integer_form(piece, integers, {n: v.shape for n, v in data.items()}, whole=False)
             jobs[width] = Session(piece, threads=1).bind(data)
             jobs[width]()
         except OnnxCompressError:
@@ -179,17 +191,17 @@ def _saved(times: Mapping[int, float], channels: int, whole: float) -> Floats:
     """A width between two that were timed costs what the wider one does, and no wider one is faster.
 
     Not a number where it is not known: where one channel less than all is slower than all, as for depthwise kernels
-    that want whole blocks, only the widths that were timed are.
+    that want whole blocks, only the widths that were timed are, and of them those that are no slower than wider ones.
     """
     odd = channels - 1
     fussy = channels > _SMALL and times.get(odd, 0.0) > _SLOWER * times[channels]
     widths = sorted(width for width in times if width != odd or channels <= _SMALL)
-    cost = np.array([times[w] for w in widths])
-    cost = np.minimum.accumulate(cost[::-1])[::-1]
+    found = np.array([times[w] for w in widths])
+    cost = np.minimum.accumulate(found[::-1])[::-1]
     kept = channels - np.arange(channels + 1)
     place = np.searchsorted(widths, np.maximum(kept, 1))
     saved = (cost[-1] - cost[place]) / whole
     if fussy:
-        saved[~np.isin(kept, widths)] = np.nan
+        saved[~np.isin(kept, np.array(widths)[found <= _SLOWER * cost])] = np.nan
     saved[-1] = cost[-1] / whole
     return np.asarray(saved, np.float64)

@@ -49,9 +49,11 @@ _FOREVER = 1 << 60  # a capacity that no cut pays
 
 #: operators of which the largest values decide
 _PICKS_LARGEST = ("Softmax", "LogSoftmax", "ArgMax", "TopK", "Hardmax")
-#: operators that move values, and those that hand on values one by one
-_MOVES = ("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Slice", "Split", "Concat", "Gather")
-_REARRANGES = (*_MOVES, "Cast", "Relu", "Clip", "Sigmoid", "Tanh", "Log")
+#: operators that hand on values one by one
+_REARRANGES = (
+    *("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Slice", "Split", "Concat", "Gather"),
+    *("Cast", "Relu", "Clip", "Sigmoid", "Tanh", "Log"),
+)
 
 ALREADY = "it is quantised in the file already"
 _NESTED = "it is inside a nested graph, and nested graphs stay as they are"
@@ -565,20 +567,11 @@ def _gain(unit: Unit, placement: Placement, macs: Mapping[str, int]) -> float:
             return _gain_of_convolution(unit, placement, known)
         return known * costs.mac + 2 * costs.node
     size = max((_size(t.name, placement.types) for t in (*unit.inputs, *unit.outputs)), default=1)
-    computed = [t for t in unit.inputs if not _is_constant(t)]
-    if len(computed) == 1 and unit.rule.role is Role.ARITHMETIC and _leads_to_floats(unit, placement):
-        # Element by element and then float for good: as fast after the dequantiser, and more accurate.
+    readers = [r for t in unit.outputs for r in placement.consumers.get(t.name, [])]
+    if len(unit.inputs) == 1 and unit.rule.role is Role.ARITHMETIC and not readers:
+        # An element-wise function at the very end: as fast after the dequantiser, and more accurate.
         return unit.rule.gain * (size - min(_size(t.name, placement.types) for t in unit.outputs))
     return unit.rule.gain * size
-
-
-def _leads_to_floats(unit: Unit, placement: Placement) -> bool:
-    """True where what ``unit`` makes is only rearranged before it leaves the graph or floats alone read it."""
-    readers = [reader for tensor in unit.outputs for reader in placement.consumers.get(tensor.name, [])]
-    return all(
-        reader.reason is not None or (reader.node.op in _MOVES and _leads_to_floats(reader, placement))
-        for reader in readers
-    )
 
 
 def _gain_of_convolution(unit: Unit, placement: Placement, macs: int) -> float:
