@@ -152,6 +152,25 @@ class Builder(Net):
             y = self.add(kind, x, kernel_shape=[2, 2], strides=[2, 2])
             self.put(y, (n, channels, height // 2, width // 2))
 
+    def mean_step(self) -> None:
+        """A pointwise convolution that pads, as SqueezeNet's last one does, up to the mean over all positions."""
+        found = self.value(4)
+        if found is None:
+            return
+        x, (n, channels, height, width) = found
+        pads = self.pick(([1, 1, 1, 1], [0, 1, 2, 0], [0, 0, 0, 0]))
+        bias = self.pick(([], [self.vector(6)]))
+        y = self.add("Conv", x, self.weight(6, channels, 1, 1), *bias, pads=pads)
+        for op in self.pick((("Relu",), (), ("LeakyRelu", "Identity"), ("Sigmoid",))):
+            y = self.add(op, y)
+        if self.flag():
+            y = self.add("GlobalAveragePool", y)
+        elif self.opset < 18:
+            y = self.add("ReduceMean", y, axes=[2, 3], keepdims=1)
+        else:
+            y = self.add("AveragePool", y, kernel_shape=[height + pads[0] + pads[2], width + pads[1] + pads[3]])
+        self.put(y, (n, 6, 1, 1))
+
     def channels_step(self) -> None:
         """Move channels about: pad, slice, gather, split, shuffle, depth to space."""
         found = self.value(4)
@@ -618,6 +637,8 @@ class Builder(Net):
             self.channels_step,
             self.normalise_step,
             self.pool_step,
+            self.mean_step,
+            self.mean_step,
             self.block_step,
             self.block_step,
             self.perceptron_step,

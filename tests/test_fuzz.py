@@ -145,7 +145,7 @@ def run_group(cases: tuple[Case, ...], examples: int, **options: Any) -> None:
 #: decided to do nothing, or too small a table
 NOTHING_TO_DO = {"quantize_dynamic", "quantize_embeddings"}
 #: models a test; with the cases on each of them that makes more than ten thousand
-EXAMPLES = {"lossless": 900, "lossy": 450, "calibrated": 200, "recipes": 60, "pruned": 150, "simulated": 150}
+EXAMPLES = {"lossless": 900, "lossy": 450, "calibrated": 200, "recipes": 120, "pruned": 150, "simulated": 150}
 
 
 def test_ten_thousand_cases() -> None:
