@@ -264,6 +264,16 @@ def walk_nodes(graph: Graph) -> Iterator[gs.Node]:
         yield from part.nodes
 
 
+def tensors_read_inside(graph: Graph) -> list[gs.Tensor]:
+    """What nested graphs read and hand out; tensors of their own are among it and do no harm."""
+    return [
+        tensor
+        for part in walk_graphs(graph)
+        if part is not graph
+        for tensor in (*(t for node in part.nodes for t in node.inputs), *part.outputs)
+    ]
+
+
 def graph_output_ids(graph: Graph) -> set[int]:
     """``id()`` of every tensor that leaves ``graph`` or a nested graph; ``len(tensor.outputs)`` omits these."""
     return {id(tensor) for part in walk_graphs(graph) for tensor in part.outputs}

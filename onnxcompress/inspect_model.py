@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 from onnxcompress.base import Context, Progress, SilentProgress
 from onnxcompress.data import open_data
 from onnxcompress.errors import UsageError
-from onnxcompress.graph import Graph, first_output, input_specs, model_info, sort_nodes
+from onnxcompress.graph import Graph, first_output, input_specs, model_info
 from onnxcompress.io import load, model_bytes
 from onnxcompress.islands import real_types
-from onnxcompress.opset import raise_opset
 from onnxcompress.passes import load_pass
 from onnxcompress.passes.prune_channels import prepare
 from onnxcompress.pipeline import Pipeline
-from onnxcompress.quantization.canonical import to_canonical_form
+from onnxcompress.quantization.canonical import canonicalize
 from onnxcompress.quantization.gauge import Gauge
 from onnxcompress.quantization.placement import explain
 from onnxcompress.quantization.sensitivity import Sensitivity, affordable_samples, measure_sensitivity, weighing_units
@@ -253,11 +252,7 @@ def plan(
     context = Context(target=target, progress=progress if progress is not None else SilentProgress())
     ready = Pipeline([step for step in steps[:position] if not step.needs_data])(graph, context).graph
     rules = get_target(target)
-    if ready.opset < rules.minimum_opset:
-        raise_opset(ready, rules.minimum_opset)
-    for _ in to_canonical_form(ready, infer_shapes(ready)):
-        pass
-    sort_nodes(ready)
+    canonicalize(ready, rules)
     options = steps[position].model_dump(include={"exclude_nodes", "exclude_operators"})
     return tuple(PlannedNode(*node) for node in explain(ready, rules, **options))
 

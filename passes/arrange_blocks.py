@@ -39,7 +39,7 @@ from onnxcompress.graph import (
     remove_node,
     replace_contents,
     sort_nodes,
-    walk_graphs,
+    tensors_read_inside,
 )
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
 from onnxcompress.shapes import infer_shapes
@@ -149,7 +149,7 @@ def _merge_projections(graph: Graph) -> list[Change]:
     """MatMuls with stored weights that read one tensor become one, with their biases, and a Split."""
     types = infer_shapes(graph)
     outputs = graph_output_ids(graph)
-    inside = {t.name for part in walk_graphs(graph) if part is not graph for node in part.nodes for t in node.inputs}
+    inside = {tensor.name for tensor in tensors_read_inside(graph)}
     groups: dict[int, list[gs.Node]] = {}
     for node in graph.nodes:
         if node.op != "MatMul" or normal_domain(node) != "" or node.inputs[1] is node.inputs[0]:

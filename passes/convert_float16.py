@@ -45,9 +45,9 @@ from onnxcompress.graph import (
     attribute,
     constant_value,
     model_info,
-    nested_graphs,
     normal_domain,
     remove_nodes,
+    tensors_read_inside,
     walk_graphs,
     walk_nodes,
 )
@@ -189,7 +189,7 @@ class _Plan:
         self.outputs = {id(t) for t in graph.outputs}
         self.defaults = set(model_info(graph).defaults)
         #: tensors of this graph that nested graphs read: they stay available in float32
-        self.captured = {id(t) for t in _read_inside(graph)}
+        self.captured = {id(t) for t in tensors_read_inside(graph)}
         self.nodes = {id(n): n for n in graph.nodes}
         #: every tensor of this graph, which keeps their ids from being given away, and those that hold float32
         self.tensors = {id(t): t for n in graph.nodes for t in (*n.inputs, *n.outputs)}
@@ -663,7 +663,7 @@ class _Writer:
     def cancel_casts(self, nodes: list[gs.Node]) -> None:
         """Conversions of the file that do nothing any more, or that can go to float16 at once."""
         plan = self.plan
-        kept = {id(t) for t in self.graph.outputs} | {id(t) for t in _read_inside(self.graph)}
+        kept = {id(t) for t in self.graph.outputs} | {id(t) for t in tensors_read_inside(self.graph)}
         for node in nodes:
             if not _is_cast(node) or not node.outputs:
                 continue
@@ -708,16 +708,6 @@ def _is_cast(node: gs.Node) -> bool:
 
 def _is_constant_node(node: gs.Node) -> bool:
     return node.op == "Constant" and normal_domain(node) == ""
-
-
-def _read_inside(graph: Graph) -> list[gs.Tensor]:
-    """Tensors that nested graphs read; those that are their own are among them and do no harm."""
-    found = []
-    for node in graph.nodes:
-        for nested in nested_graphs(node):
-            for part in walk_graphs(nested):
-                found += [t for inner in part.nodes for t in inner.inputs] + list(part.outputs)
-    return found
 
 
 def _clips(node: gs.Node) -> bool:

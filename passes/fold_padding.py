@@ -33,11 +33,10 @@ from onnxcompress.graph import (
     Names,
     attribute,
     constant_value,
-    graph_output_ids,
     normal_domain,
     set_constant,
     sort_nodes,
-    walk_graphs,
+    tensors_read_inside,
 )
 from onnxcompress.shapes import TensorType, infer_shapes
 
@@ -67,23 +66,20 @@ class FoldPadding(Pass):
             return
         types = infer_shapes(graph, {})
         names = Names(graph)
-        used_elsewhere = graph_output_ids(graph) | {
-            id(tensor)
-            for part in walk_graphs(graph)
-            if part is not graph
-            for node in part.nodes
-            for tensor in node.inputs
-        }
+        used_elsewhere = {id(tensor) for tensor in (*graph.outputs, *tensors_read_inside(graph))}
         for node in padded:
             chain = _chain_to_mean(node, used_elsewhere)
             if chain is None:
                 continue
-            reason = _misfit(graph, node, chain[-1], types)
+            known = types.get(node.outputs[0].name)
+            sizes = [size for size in ((known.shape or ()) if known is not None else ())[2:] if isinstance(size, int)]
+            reason = _misfit(graph, node, chain[-1], known, sizes)
             if reason is not None:
                 yield Refusal(node.name, f"its padding stays: {reason}")
                 continue
-            inside, whole = _fold(graph, node, chain, types, names)
-            yield Change("folded", node.name, f"padding: {inside} positions instead of {whole}")
+            inner = _inner(node, sizes)
+            _fold(graph, node, chain, sizes, inner, names)
+            yield Change("folded", node.name, f"padding: {prod(inner)} positions instead of {prod(sizes)}")
         sort_nodes(graph)
 
 
@@ -119,15 +115,13 @@ def _chain_to_mean(node: gs.Node, used_elsewhere: set[int]) -> list[gs.Node] | N
     return chain
 
 
-def _misfit(graph: Graph, node: gs.Node, mean: gs.Node, types: dict[str, TensorType]) -> str | None:
-    """Why the border of ``node`` is no fixed share of what ``mean`` averages, or None."""
-    known = types.get(node.outputs[0].name)
-    if known is None or known.shape is None or not all(isinstance(size, int) for size in known.shape[2:]):
+def _misfit(graph: Graph, node: gs.Node, mean: gs.Node, known: TensorType | None, sizes: list[int]) -> str | None:
+    """Why the border of ``node``, whose output has these fixed ``sizes``, is no fixed share of the mean, or None."""
+    if known is None or known.shape is None or len(known.shape) != len(sizes) + 2:
         return "the size of the image is not fixed"
-    sizes = [int(size) for size in known.shape[2:] if isinstance(size, int)]
     if known.dtype is None or known.dtype.kind != "f":
         return "its numbers are not floating point"
-    if min(inner for inner in _inner(node, sizes)) <= 0:
+    if min(_inner(node, sizes)) <= 0:
         return "there is nothing but padding"
     if mean.op == "AveragePool":
         whole = list(attribute(mean, "kernel_shape", [])) == sizes and set(attribute(mean, "dilations", [1])) == {1}
@@ -150,13 +144,9 @@ def _inner(node: gs.Node, sizes: list[int]) -> list[int]:
     return [size - pads[axis] - pads[axis + len(sizes)] for axis, size in enumerate(sizes)]
 
 
-def _fold(
-    graph: Graph, node: gs.Node, chain: list[gs.Node], types: dict[str, TensorType], names: Names
-) -> tuple[int, int]:
-    """Rewrite; answers the positions inside and in all."""
+def _fold(graph: Graph, node: gs.Node, chain: list[gs.Node], sizes: list[int], inner: list[int], names: Names) -> None:
+    """Rewrite ``node``, whose output is of ``sizes`` and without padding of ``inner``, and what follows it."""
     mean = chain[-1]
-    sizes = [int(size) for size in (types[node.outputs[0].name].shape or ())[2:] if isinstance(size, int)]
-    inner = _inner(node, sizes)
     share = prod(inner) / prod(sizes)
     weight = constant_value(node.inputs[1])
     assert weight is not None
@@ -169,7 +159,7 @@ def _fold(
     if mean.op == "AveragePool":
         mean.attrs["kernel_shape"] = inner
     if bias is None or not np.any(bias):
-        return prod(inner), prod(sizes)
+        return
     _scale(node, 2, bias, share, names)
     border = bias.astype(np.float64)
     for step in chain[:-1]:
@@ -183,7 +173,6 @@ def _fold(
     added = gs.Node("Add", names.free(f"{mean.name}_border"), {}, [mean.outputs[0]], [result])
     set_constant(added, 1, names.free(f"{node.name}_border"), rest)
     graph.nodes.append(added)
-    return prod(inner), prod(sizes)
 
 
 def _scale(node: gs.Node, index: int, value: NDArray[Any], factor: float, names: Names) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -84,7 +85,7 @@ class Prepared:
         """True where folding padding alone saved something."""
         return self.costs.macs() < self.whole
 
-    @property
+    @cached_property
     def costs(self) -> ChannelCosts:
         """What a choice of channels costs."""
         return ChannelCosts(self.graph, self.coupling.groups, self.types)
@@ -158,8 +159,7 @@ class Candidates:
     def _cut(self, keep: Mapping[str, Ints]) -> Graph:
         groups = self.ready.coupling.groups
         pruned, cuts = remove_channels(self.ready.graph, groups, _at_least_one(keep), self.ready.coupling)
-        gone = [group for group in groups if group.name in keep and not len(keep[group.name])]
-        return _without(pruned, cuts, gone, constants=True)[0] if gone else pruned
+        return _without(pruned, cuts, groups, keep, constants=True)[0]
 
     def _ratio(self, reference: Graph, candidate: Graph) -> BenchmarkResult:
         data = _few_samples(self.ready.graph, self.context)
@@ -267,9 +267,7 @@ class PruneChannels(Pass):
         least = _at_least_one(keep)
         pruned, cuts = remove_channels(ready.graph, ready.coupling.groups, least, ready.coupling)
         self._check(ready, pruned, least, context)
-        gone = [group for group in ready.coupling.groups if group.name in keep and not len(keep[group.name])]
-        if gone:
-            pruned, cuts = _without(pruned, cuts, gone, constants=self.recover)
+        pruned, cuts = _without(pruned, cuts, ready.coupling.groups, keep, constants=self.recover)
         yield from _folded(ready)
         yield from _told(ready, keep)
         if self.recover and context.data is not None:
@@ -321,13 +319,7 @@ class PruneChannels(Pass):
             **self._measured(ready, free, context),
             progress=context.progress,
         )
-
-        def aim(macs: float | None = None) -> Aim:
-            """What remains of ``ready``, whose padding is folded already."""
-            found = self._aim(macs)
-            share = ready.whole / max(ready.costs.macs(), 1)
-            return found if found.macs is None else replace(found, macs=min(found.macs * share, 1.0))
-
+        aim = partial(self._aim, ready)
         candidates = Candidates(ready, chooser, aim, context, self._integers(context))
         yield from (Refusal(_node_of(free, name), reason) for name, reason in chooser.notes.items())
         if self.time is not None:
@@ -367,11 +359,13 @@ class PruneChannels(Pass):
         saved = saved_times(free, cut, types, batch.feeds, integers=self._integers(context), progress=context.progress)
         return {"saved": saved, "may_vanish": frozenset(may_vanish)}
 
-    def _aim(self, macs: float | None = None) -> Aim:
-        """What remains; ``macs`` stands for an aim in time."""
+    def _aim(self, ready: Prepared, macs: float | None = None) -> Aim:
+        """What remains of ``ready``, whose padding is folded already; ``macs`` stands for an aim in time."""
         if macs is None:
             others = (self.params, self.ffn, self.heads)
             macs = _DEFAULT_MACS if self.macs is None and all(aim is None for aim in others) else self.macs
+        if macs is not None:
+            macs = min(macs * ready.whole / max(ready.costs.macs(), 1), 1.0)
         return Aim(macs, self.params, self.ffn, self.heads)
 
     # ---- repair
@@ -446,12 +440,16 @@ def _at_least_one(keep: Mapping[str, Ints]) -> dict[str, Ints]:
     return {name: kept if len(kept) else np.zeros(1, np.int64) for name, kept in keep.items()}
 
 
-def _without(pruned: Graph, cuts: Cuts, gone: Sequence[CouplingGroup], *, constants: bool) -> tuple[Graph, Cuts]:
-    """The graph without the branches of ``gone``, and what was cut of the tensors that are left.
+def _without(
+    pruned: Graph, cuts: Cuts, groups: Sequence[CouplingGroup], keep: Mapping[str, Ints], *, constants: bool
+) -> tuple[Graph, Cuts]:
+    """The graph without the branches of groups that keep nothing, and what was cut of the tensors that are left.
 
     With ``constants`` what a branch adds to the stream on average goes as well: repair makes up for it.
     """
-    readers = [name for group in gone for name in group.consumers]
+    readers = [name for group in groups if group.name in keep and not len(keep[group.name]) for name in group.consumers]
+    if not readers:
+        return pruned, cuts
     layers = {layer.name: layer for layer in find_mixing_layers(pruned)}
     for name in readers:
         if name not in layers or layers[name].sum_output is None:

@@ -457,7 +457,8 @@ def test_a_choice_may_leave_nothing_of_a_branch_and_is_replayed() -> None:
     assert relative_error(result.graph, model) < 0.5
 
 
-def test_time_saved_grows_with_the_channels_removed() -> None:
+def times_saved(**options: Any) -> list[Floats]:
+    """What :func:`saved_times` says of both inner groups of a network."""
     model = residual_net(channels=16, inner=48)
     graph, coupling, groups = inner_groups(model)
 
@@ -466,9 +467,13 @@ def test_time_saved_grows_with_the_channels_removed() -> None:
 
     feeds = make_feeds(model, sizes={"N": 8})
     types = infer_shapes(graph, {name: value.shape for name, value in feeds.items()})
-    found = saved_times(groups, cut_to, types, feeds)
+    found = saved_times(groups, cut_to, types, feeds, **options)
     assert set(found) == {group.name for group in groups}
-    for saved in found.values():
+    return list(found.values())
+
+
+def test_time_saved_grows_with_the_channels_removed() -> None:
+    for saved in times_saved():
         assert saved.shape == (49,)
         assert saved[0] == 0.0
         known = saved[np.isfinite(saved)]  # where odd widths are slow, only those that were timed
@@ -477,17 +482,7 @@ def test_time_saved_grows_with_the_channels_removed() -> None:
 
 
 def test_time_saved_by_what_will_be_quantised() -> None:
-    model = residual_net(channels=16, inner=48)
-    graph, coupling, groups = inner_groups(model)
-
-    def cut_to(keep: Mapping[str, Any]) -> Graph:
-        return remove_channels(graph, coupling.groups, {n: np.array(k) for n, k in keep.items()}, coupling)[0]
-
-    feeds = make_feeds(model, sizes={"N": 8})
-    types = infer_shapes(graph, {name: value.shape for name, value in feeds.items()})
-    found = saved_times(groups, cut_to, types, feeds, integers=CPU)
-    assert set(found) == {group.name for group in groups}
-    for saved in found.values():
+    for saved in times_saved(integers=CPU):
         assert saved[0] == 0.0
         assert saved[-1] == np.nanmax(saved) > 0.0
 

@@ -9,10 +9,7 @@ import click
 
 from onnxcompress.atomic import replacing, write_error, write_file
 from onnxcompress.cli.files import finish
-from onnxcompress.cli.options import (
-    benchmark_seconds_option,
-    output_options,
-)
+from onnxcompress.cli.options import benchmark_seconds_option, output_options
 from onnxcompress.cli.terminal import Terminal, pass_terminal
 from onnxcompress.errors import UsageError
 

@@ -45,9 +45,9 @@ Ints = NDArray[np.int64]
 _CHOICES = 96
 #: error of an output that is measured as none
 _TINY = 1e-12
-#: decibels of output error that count as much as a doubling of speed. From
-#: training images alone: of 2,000 that calibration had not seen, a ResNet-56 at half of its multiply-accumulates got
-#: 98.75, 98.65 and 98.70 % right (99.95 % whole) with 10, 12 and 15 dB, while its predicted time fell by 8 %
+#: decibels of output error that count as much as a doubling of speed. From training images alone: of 2,000 that
+#: calibration had not seen, a ResNet-56 at half of its multiply-accumulates got 98.75, 98.65 and 98.70 % right (99.95 %
+#: whole) with 10, 12 and 15 dB, while its predicted time fell by 8 %
 TIME_WORTH = 15.0
 #: weights of the time against the cost that are tried
 TIME_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
@@ -224,9 +224,6 @@ def allocate(
         UsageError: the target is out of reach.
     """
     timed = any(curve.saved is not None for curve in curves.values())
-    if not timed and size is None:
-        kept = _Sharing(budget, curves, target, channels).spent()
-        return {name: kept[name] for name in curves}
     found = []
     for by_time in time_weights if timed else (0.0,):
         for by_size in _SIZE_WEIGHTS if size is not None else (0.0,):

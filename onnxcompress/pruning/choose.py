@@ -156,9 +156,8 @@ class Chooser:
         """How many channels stay of each group."""
         full = dict(self.costs.full)
         weights = TIME_WEIGHTS_OF_CHANCES if self._answers_chances() else TIME_WEIGHTS
-        share = (
-            uniform if self.shared == "uniform" else partial(allocate, time_weights=weights, time_worth=self.time_worth)
-        )
+        by_error = partial(allocate, time_weights=weights, time_worth=self.time_worth)
+        share = uniform if self.shared == "uniform" else by_error
         found: dict[str, int] = {}
         for kind, ratio in (("neurons", aim.ffn), ("heads", aim.heads)):
             if ratio is None:
@@ -171,7 +170,7 @@ class Chooser:
             if ratio is not None:
                 if self.size_worth and self.shared != "uniform":
                     size = Size(_Fixed(CostBudget(self.costs, "parameters"), fixed), self.size_worth)
-                    share = partial(allocate, time_weights=weights, time_worth=self.time_worth, size=size)
+                    share = partial(by_error, size=size)
                 counts = share(_Fixed(CostBudget(self.costs, kind), fixed), rest, ratio, full)
                 found |= counts
                 rest = {name: _at_least(curve, full[name] - counts[name]) for name, curve in rest.items()}

@@ -7,7 +7,7 @@ BatchNormalization, which is one weight and one bias a channel. The weight is ``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, prod
 from typing import Any
@@ -25,8 +25,7 @@ from onnxcompress.graph import (
     nested_graphs,
     normal_domain,
     set_constant,
-    walk_graphs,
-    walk_nodes,
+    tensors_read_inside,
 )
 from onnxcompress.patches import conv_pads, output_sizes, spread_out, unfold
 
@@ -248,7 +247,7 @@ def find_mixing_layers(graph: Graph) -> list[MixingLayer]:
         graph: sorted.
     """
     outputs = graph_output_ids(graph)
-    inside = _read_inside(graph)
+    inside = {t.name for t in tensors_read_inside(graph)}
     found = []
     for node in graph.nodes:
         layer = _layer(node, outputs)
@@ -365,20 +364,6 @@ def _join(layer: MixingLayer, position: int, latest: Mapping[int, float], output
         return
     layer.shortcut, layer.sum_output = other, add.outputs[0]
     layer.bounds = _bounds(add.outputs[0], outputs)
-
-
-def _read_inside(graph: Graph) -> set[str]:
-    """Names that nested graphs read."""
-
-    def read() -> Iterator[str]:
-        for node in graph.nodes:
-            for part in nested_graphs(node):
-                for inner in walk_nodes(part):
-                    yield from (t.name for t in inner.inputs)
-                for nested in walk_graphs(part):
-                    yield from (t.name for t in nested.outputs)
-
-    return set(read())
 
 
 def _name_for(old: gs.Tensor, names: Names) -> str:

@@ -13,10 +13,30 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcompress.graph import Graph, Names, attribute, constant_value, graph_output_ids, normal_domain, remove_node
-from onnxcompress.shapes import TensorType
+from onnxcompress.graph import (
+    Graph,
+    Names,
+    attribute,
+    constant_value,
+    graph_output_ids,
+    normal_domain,
+    remove_node,
+    sort_nodes,
+)
+from onnxcompress.opset import raise_opset
+from onnxcompress.shapes import Shape, TensorType, infer_shapes
+from onnxcompress.targets import Target
 
-__all__ = ["to_canonical_form"]
+__all__ = ["canonicalize", "to_canonical_form"]
+
+
+def canonicalize(graph: Graph, target: Target, input_shapes: Mapping[str, Shape] | None = None) -> None:
+    """Give ``graph`` the opset that ``target`` needs and the canonical form, in place and sorted."""
+    if graph.opset < target.minimum_opset:
+        raise_opset(graph, target.minimum_opset)
+    for _ in to_canonical_form(graph, infer_shapes(graph, input_shapes)):
+        pass
+    sort_nodes(graph)
 
 
 def to_canonical_form(graph: Graph, types: Mapping[str, TensorType]) -> Iterator[tuple[gs.Node, str]]:

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from onnxcompress.graph import Graph, copy_graph, sort_nodes
-from onnxcompress.opset import raise_opset
 from onnxcompress.quantization.affine import Range
-from onnxcompress.quantization.canonical import to_canonical_form
+from onnxcompress.quantization.canonical import canonicalize
 from onnxcompress.quantization.placement import place
 from onnxcompress.quantization.qdq import insert_quantizers
 from onnxcompress.shapes import Shape, infer_shapes
@@ -35,11 +34,7 @@ def integer_form(graph: Graph, target: Target, shapes: Mapping[str, Shape], *, w
         whole: False for a piece of a network, whose ends are no conversions: what can be integer is then.
     """
     graph = copy_graph(graph)
-    if graph.opset < target.minimum_opset:
-        raise_opset(graph, target.minimum_opset)
-    for _ in to_canonical_form(graph, infer_shapes(graph, shapes)):
-        pass
-    sort_nodes(graph)
+    canonicalize(graph, target, shapes)
     if not whole:
         target = replace(target, costs=replace(target.costs, quantize=0.0, dequantize=0.0, node=0.0))
     placement = place(graph, target, types=infer_shapes(graph, shapes))

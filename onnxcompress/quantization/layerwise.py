@@ -27,8 +27,7 @@ from onnxcompress.graph import (
     normal_domain,
     replace_contents,
     sort_nodes,
-    walk_graphs,
-    walk_nodes,
+    tensors_read_inside,
 )
 from onnxcompress.lockstep import Advance, Judge, SampleErrors, decibels, samples_that_fit, split_samples
 from onnxcompress.quantization.affine import MAX_BIAS
@@ -238,7 +237,7 @@ def find_layers(student: Graph, teacher: Graph) -> tuple[list[Layer], list[tuple
     """
     outputs = frozenset(graph_output_ids(student))
     known = {t.name for node in teacher.nodes for t in node.outputs if t.name}
-    inside = _names_read_inside(student)
+    inside = {t.name for t in tensors_read_inside(student)}
     found: list[Layer] = []
     skipped: list[tuple[str, str]] = []
     for node in student.nodes:
@@ -407,16 +406,6 @@ def _input_scale(node: gs.Node) -> float | None:
         return None
     value = constant_value(producers[0].inputs[1])
     return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
-
-
-def _names_read_inside(graph: Graph) -> set[str]:
-    return {
-        t.name
-        for node in graph.nodes
-        for part in nested_graphs(node)
-        for inner in walk_nodes(part)
-        for t in inner.inputs
-    } | {t.name for node in graph.nodes for part in nested_graphs(node) for p in walk_graphs(part) for t in p.outputs}
 
 
 def _in_units(bias: NDArray[np.float64], scale: NDArray[np.float32]) -> NDArray[np.int32]:

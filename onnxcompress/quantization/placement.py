@@ -21,7 +21,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcompress.composites import silu
-from onnxcompress.graph import Graph, attribute, constant_value, normal_domain
+from onnxcompress.graph import Graph, attribute, constant_value, normal_domain, tensors_read_inside
 from onnxcompress.quantization.affine import Range
 from onnxcompress.quantization.mincut import MinCut
 from onnxcompress.shapes import TensorType, infer_shapes, node_macs
@@ -438,16 +438,7 @@ def activation_bounds(node: gs.Node) -> Range | None:
 
 
 def _names_read_inside(graph: Graph) -> set[str]:
-    names: set[str] = set()
-    queue = [v for node in graph.nodes for v in node.attrs.values() if isinstance(v, gs.Graph)]
-    while queue:
-        part = queue.pop()
-        names.update(t.name for t in part.outputs)
-        for node in part.nodes:
-            names.update(t.name for t in node.inputs)
-            queue.extend(v for v in node.attrs.values() if isinstance(v, gs.Graph))
-    names.discard("")
-    return names
+    return {tensor.name for tensor in tensors_read_inside(graph) if tensor.name}
 
 
 def _float_reader(node: gs.Node) -> Unit:
