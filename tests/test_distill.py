@@ -116,7 +116,9 @@ def test_the_same_again() -> None:
     assert stored(Distill(**QUICK)(student(), context(seed=1)).graph) != stored(distilled().graph)
 
 
-@pytest.mark.parametrize("options", [{"optimizer": "sgd", "learning_rate": 0.02}, {"average": 0.8}, {"clip": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"optimizer": "sgd", "learning_rate": 0.02}, {"optimizer": "adamw"}, {"average": 0.8}, {"clip": 0.0}]
+)
 def test_other_ways_to_train(options: dict[str, Any]) -> None:
     result = Distill(**{**QUICK, **options})(student(), context())
     assert sqnr(result.graph) > sqnr(student()) + 1
@@ -125,7 +127,7 @@ def test_other_ways_to_train(options: dict[str, Any]) -> None:
 def test_a_budget_of_time_becomes_steps_that_repeat() -> None:
     options = {**QUICK, "steps": None, "minutes": 0.02}
     result = Distill(**options)(student(), context())
-    assert set(result.report.decisions) - {"stop_after"} == {"steps", "learning_rate", "augment"}
+    assert set(result.report.decisions) - {"stop_after"} == {"steps", "optimizer", "learning_rate", "augment"}
     again = Distill(**{**options, **result.report.decisions})(student(), context())
     assert stored(again.graph) == stored(result.graph)
 
@@ -135,7 +137,7 @@ def test_a_learning_rate_is_found_by_trial(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(distill, "_LEAST_FOR_TRIALS", 10)
     monkeypatch.setattr(distill, "_TRIAL_STEPS", 8)
-    monkeypatch.setattr(distill, "_TRIED", (10000.0, 10.0, 0.01))
+    monkeypatch.setattr(distill, "_TRIED", (10000.0, 5.0, 0.01))
     options = {**QUICK, "learning_rate": None}
     result = Distill(**options)(student(), context())
     assert result.report.decisions["learning_rate"] == pytest.approx(1e-2)  # not what explodes nor what stands still
@@ -193,7 +195,9 @@ class Mortal(SilentProgress):
             yield item
 
 
-@pytest.mark.parametrize("options", [{}, {"average": 0.9, "augment": ("crop", "mixup")}, {"optimizer": "sgd"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"average": 0.9, "augment": ("crop", "mixup")}, {"optimizer": "sgd"}, {"optimizer": "adamw"}]
+)
 def test_killed_and_resumed_is_as_if_nothing_had_been(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from onnxcompress.errors import DataError
 from onnxcompress.executor.distributed import Processes
 from onnxcompress.executor.losses import Objective
 from onnxcompress.executor.network import Network
+from onnxcompress.executor.optimizers import OptimizerName, make_optimizer
 from onnxcompress.executor.samples import Shuffled, augment
 from onnxcompress.executor.spec import as_tensor
 
@@ -40,8 +41,6 @@ Teacher = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 SURE = 1.0
 #: standard errors by which the agreement may be lower than at the start: that much is chance
 CHANCE = 1.0
-#: least root mean square that a weight and a vector are taken to have
-_SMALL_WEIGHT, _SMALL_VECTOR = 1e-3, 1e-2
 #: seconds between two checkpoints
 _CHECKPOINT_SECONDS = 20.0
 #: steps of warm-up, unless that were more than half of all: the first steps of Adam are as large as its rate allows
@@ -55,7 +54,7 @@ class Settings:
     """How to train; see the fields of :class:`~onnxcompress.passes.distill.Distill`."""
 
     steps: int
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
     warmup: float = 0.1
@@ -120,15 +119,6 @@ class Outcome:
     def improved(self) -> bool:
         """False where the start was never beaten."""
         return self.best.step > 0
-
-
-def _size(parameter: Any) -> float:
-    """The root mean square of a parameter, which a learning rate is relative to.
-
-    Source: N. Shazeer, M. Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018, section 8.
-    """
-    least = _SMALL_WEIGHT if parameter.ndim > 1 else _SMALL_VECTOR
-    return max(float(parameter.detach().double().square().mean().sqrt()), least)
 
 
 def _description(outcome: Outcome, now: Evaluation) -> str:
@@ -205,19 +195,9 @@ class Trainer:
         self._start: tuple[Array, Array] = np.empty(0), np.empty(0)
         self._average = [p.detach().clone() for p in self._parameters] if settings.average else []
 
-    def _make_optimizer(self) -> Any:
+    def _make_optimizer(self) -> torch.optim.Optimizer:
         s = self._settings
-        if s.optimizer == "sgd":
-            return torch.optim.SGD(
-                self._parameters, s.learning_rate, momentum=0.9, nesterov=True, weight_decay=s.weight_decay
-            )
-        # Adam's step is as large as its rate, whatever the weight: with folded BatchNormalization, weights of one layer
-        # are twenty times as large as those of another. A weight decays, a bias or a scale does not.
-        groups = [
-            {"params": [p], "scale": _size(p), "weight_decay": s.weight_decay if p.ndim > 1 else 0.0}
-            for p in self._parameters
-        ]
-        return torch.optim.AdamW(groups, s.learning_rate)
+        return make_optimizer(s.optimizer, self._network.trained, s.learning_rate, s.weight_decay)
 
     def _answers(self, feeds: Mapping[str, Array]) -> dict[str, Tensor]:
         device = self._network.device

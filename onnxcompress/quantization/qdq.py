@@ -52,6 +52,8 @@ from onnxcompress.targets import Role
 
 __all__ = ["class_qparams", "insert_quantizers"]
 
+#: how nodes are named after their outputs; there are hundreds of them, and small files feel it
+_LABELS = {"QuantizeLinear": "Q", "DequantizeLinear": "DQ"}
 #: a value this share of a level away from its own is still rounded to it, whatever the order of the arithmetic
 _MOST_FRACTION = 0.48
 
@@ -136,7 +138,8 @@ class _Writer:
         self._protect_float_weights()
 
     def _node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, attrs: dict[str, Any] | None = None) -> None:
-        self.graph.nodes.append(gs.Node(op, self.names.free(f"{output.name}_{op}"), attrs or {}, inputs, [output]))
+        label = self.names.free(f"{output.name}_{_LABELS.get(op, op)}")
+        self.graph.nodes.append(gs.Node(op, label, attrs or {}, inputs, [output]))
 
     def _variable(self, label: str, like: gs.Tensor, dtype: np.dtype[Any]) -> gs.Variable:
         return gs.Variable(self.names.free(label), dtype, list(like.shape) if like.shape is not None else None)
