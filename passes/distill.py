@@ -11,8 +11,12 @@ The teacher answers alongside, and nothing that it said is kept: images are chan
 asked for twice, and block outputs of all samples are too much to keep (0.3 MB an image of a ResNet-20, 16 GB for
 50,000). Its answers take about a fifth of the time of a step, and memory does not grow with the number of samples.
 
+Block outputs lead: they tell every layer what to do, where outputs tell all of them together. In 600 steps the
+divergence of a resnet20 at 0.75 on unseen training images fell from 0.0535 to 0.0469 where they weighed 1, and to
+0.0368 where they weighed 256.
+
 A network with folded BatchNormalization is fragile: the learning rate is relative to the size of each weight, is found
-by short trials, and warms up.
+by short trials, and warms up. Matrices are trained by Muon, where its own work is small beside a step.
 
 Source: G. Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; L. Beyer et al., "Knowledge
 distillation: A good teacher is patient and consistent", CVPR 2022, for showing both networks the same changed image.
@@ -69,8 +73,8 @@ _MIXED = ("cutmix",)
 _OFTEN = 10
 #: usual learning rates
 _RATES = {"muon": 2e-3, "adamw": 1e-3, "sgd": 2e-3}
-#: work of muon's own, as a share of that of a step, up to which it is worth it: 600 steps of a resnet20 at 0.75 brought
-#: its divergence on unseen training images from 0.0535 to 0.0368 with adamw and to 0.0326 with muon
+#: work of muon's own, as a share of that of a step, up to which it is worth it: the divergence above fell to 0.0368
+#: with adamw, to 0.0326 with muon
 _MOST_OWN_WORK = 0.3
 #: what is tried of them, for how many steps each, and steps from which that is worth its time
 _TRIED = (3.0, 1.0, 0.3, 0.1)
