@@ -463,6 +463,11 @@ def _constant_type(constant: gs.Constant) -> int:
     return _element_type(values.dtype)
 
 
+def _is_inferred(tensor: gs.Tensor) -> bool:
+    """True where shape inference tells what ``tensor`` is, so that a file need not say what the source left out."""
+    return bool(tensor.inputs) and normal_domain(tensor.inputs[0]) == ""
+
+
 def _is_sparse(constant: gs.Constant) -> bool:
     values = constant._values
     return values.sparse if isinstance(values, StoredValues) else isinstance(values, SparseValues)
@@ -672,7 +677,7 @@ class _Exporter:
         for name, tensor in present.items():
             if name in written or id(tensor) not in local or isinstance(tensor, gs.Constant):
                 continue
-            if tensor.dtype is not None:
+            if tensor.dtype is not None and not _is_inferred(tensor):
                 _write_value(proto.value_info.add(), tensor, None, types)
         names = present.keys() | {c.name for c in info.unread}
         for annotation in kept.quantization_annotation:

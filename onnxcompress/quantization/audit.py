@@ -36,6 +36,14 @@ _EXTRA_INTEGER_OPS = {
 }
 _CONVERSIONS = {"QuantizeLinear", "DequantizeLinear"}
 _FLOAT_TYPES = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+_EIGHT_BIT = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
+#: operators whose output has the type of their first input
+_SAME_TYPE = frozenset(
+    (
+        *("Clip", "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Relu"),
+        *("Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose", "Unsqueeze"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,13 @@ def _element_types(graph: onnx.GraphProto) -> dict[str, int]:
     for node in graph.node:  # of tensors between operators of its own the runtime may not tell the type
         if node.op_type == "DequantizeLinear":
             types.setdefault(node.output[0], onnx.TensorProto.FLOAT)
+        elif node.op_type == "QuantizeLinear" or node.op_type.startswith("QLinear"):
+            kinds = [types[name] for name in node.input if types.get(name) in _EIGHT_BIT]
+            if kinds:
+                types.setdefault(node.output[0], kinds[-1])  # the zero point of the output, or of what is joined
+        elif node.op_type in _SAME_TYPE and node.input[0] in types:
+            for name in node.output:
+                types.setdefault(name, types[node.input[0]])
     return types
 
 
@@ -150,8 +165,7 @@ def _is_integer(node: onnx.NodeProto, target: Target, types: dict[str, int]) -> 
         return True
     rule = target.rules.get(node.op_type)
     moves = node.op_type == "Concat" or (rule is not None and rule.role in (Role.MOVEMENT, Role.ACTIVATION))
-    eight_bit = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
-    return moves and bool(node.input) and types.get(node.input[0]) in eight_bit
+    return moves and bool(node.input) and types.get(node.input[0]) in _EIGHT_BIT
 
 
 def _stranded(graph: onnx.GraphProto, placement: Placement) -> list[str]:
