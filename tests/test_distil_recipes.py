@@ -23,7 +23,7 @@ NAMES = ("prune-distil-int8", "prune-int8-distil")
 #: what takes long, made quick
 QUICK: dict[str, dict[str, Any]] = {
     "prune_channels": {"macs": 0.6, "round_to": 1, "importance": "l2", "allocation": "uniform"},
-    "distill": {"steps": 40, "batch_size": 16, "learning_rate": 3e-3, "average": 0.0},
+    "distill": {"steps": 150, "batch_size": 16, "learning_rate": 2e-3, "average": 0.0},
 }
 
 
