@@ -395,8 +395,7 @@ class _Lesson:
         """Muon where making its matrices orthogonal costs little beside a step, which is three forward passes."""
         from onnxcompress.executor.optimizers import orthogonal_macs
 
-        assert self._context.data is not None
-        batch = self._context.data.take(self._options.batch_size).first()
+        batch = self._held[0]
         share = min(self._options.batch_size, self._train.samples) / batch.samples
         types = infer_shapes(self._graph, {name: value.shape for name, value in batch.feeds.items()})
         step = 3 * share * sum(node_macs(self._graph, types).values())

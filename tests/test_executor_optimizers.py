@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx_graphsurgeon as gs
 import pytest
 from models import Net, image
 
@@ -11,7 +12,7 @@ from onnxcompress.proto import from_proto
 
 torch = pytest.importorskip("torch", reason="needs the extra distill")
 
-from onnxcompress.executor.network import Network, Trained  # noqa: E402 # only where torch is there
+from onnxcompress.executor.network import Network, Trained  # noqa: E402 - only where torch is
 from onnxcompress.executor.optimizers import (  # noqa: E402
     Muon,
     is_matrix,
@@ -23,7 +24,8 @@ from onnxcompress.executor.optimizers import (  # noqa: E402
 
 def trained(shape: tuple[int, ...], *readers: str, seed: int = 0) -> Trained:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return Trained("w", None, torch.nn.Parameter(values), None, readers or ("Conv",))  # type: ignore[arg-type]
+    constant = gs.Constant("w", values.numpy().copy())
+    return Trained("w", constant, torch.nn.Parameter(values), None, readers or ("Conv",))
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 72), (72, 8)])

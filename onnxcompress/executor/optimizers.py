@@ -17,7 +17,7 @@ from torch import Tensor
 
 from onnxcompress.executor.network import Trained
 
-__all__ = ["Muon", "OptimizerName", "is_matrix", "make_optimizer", "orthogonal_macs"]
+__all__ = ["Muon", "OptimizerName", "is_matrix", "make_optimizer", "orthogonal", "orthogonal_macs"]
 
 OptimizerName = Literal["muon", "adamw", "sgd"]
 
@@ -84,17 +84,17 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc] # torch is optional
     def __init__(self, groups: Sequence[dict[str, Any]], lr: float = 1e-3, momentum: float = 0.95) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": (0.9, 0.999), "weight_decay": 0.0})
 
-    @torch.no_grad()  # type: ignore[untyped-decorator] # torch is optional
     def step(self, closure: Any = None) -> None:
         """Change all parameters that have a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if group["weight_decay"]:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                change = self._orthogonal if group["matrix"] else self._adaptive
-                parameter.add_(change(parameter, group), alpha=-group["lr"])
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        continue
+                    if group["weight_decay"]:
+                        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    change = self._orthogonal if group["matrix"] else self._adaptive
+                    parameter.add_(change(parameter, group), alpha=-group["lr"])
 
     def _orthogonal(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[parameter]
