@@ -178,14 +178,15 @@ class Distill(Pass):
         assert teacher is not None
         try:
             lesson = _Lesson(self, graph, teacher, context)
+            try:
+                trained = lesson.train()
+            finally:
+                lesson.leave()
         except ModelError as error:
             context.warn(f"nothing was distilled: {error}")
             yield Refusal("", f"not distilled: {error}")
             return
-        try:
-            yield from lesson.run()
-        finally:
-            lesson.leave()
+        yield from trained
 
 
 @dataclass
@@ -290,8 +291,8 @@ class _Lesson:
 
     # -- the lesson -------------------------------------------------------------------------------------------------
 
-    def run(self) -> Iterator[Change | Refusal | Decision | Detail]:
-        """Train, write the weights back, and judge."""
+    def train(self) -> list[Change | Refusal | Decision | Detail]:
+        """Train, write the weights back, and judge; what there is to tell."""
         from onnxcompress.executor.training import CHANCE, deterministic, surely
 
         start = self._judge(self._graph)
@@ -304,23 +305,27 @@ class _Lesson:
             for constant, values in untouched:  # half precision may lose what was won
                 constant._values = values
             changed, end = [], start
-        yield Decision("steps", settings.steps)
+        decisions = [Decision("steps", settings.steps)]
         if outcome.steps < settings.steps and not outcome.diverged:
-            yield Decision("stop_after", outcome.steps)
-        yield Decision("optimizer", settings.optimizer)
-        yield Decision("learning_rate", settings.learning_rate)
-        yield Decision("augment", list(settings.changes) or ["none"])
-        yield Detail("distillation", self._told(outcome, start, end, settings.changes))
-        if changed:
-            yield Change(
-                "distilled",
-                "",
-                f"{len(changed)} weights, {outcome.steps} steps; on {self._samples} held-out samples "
-                f"agreement {100 * start.agreement:.2f} -> {100 * end.agreement:.2f} %, "
-                f"SQNR {start.sqnr_db:.2f} -> {end.sqnr_db:.2f} dB",
-            )
-        else:
-            yield Refusal("", "not distilled: no state does better than the start on held-out samples")
+            decisions.append(Decision("stop_after", outcome.steps))
+        decisions += [
+            Decision("optimizer", settings.optimizer),
+            Decision("learning_rate", settings.learning_rate),
+            Decision("augment", list(settings.changes) or ["none"]),
+        ]
+        told = Detail("distillation", self._told(outcome, start, end, settings.changes))
+        if not changed:
+            return [
+                *decisions,
+                told,
+                Refusal("", "not distilled: no state does better than the start on held-out samples"),
+            ]
+        change = (
+            f"{len(changed)} weights, {outcome.steps} steps; on {self._samples} held-out samples "
+            f"agreement {100 * start.agreement:.2f} -> {100 * end.agreement:.2f} %, "
+            f"SQNR {start.sqnr_db:.2f} -> {end.sqnr_db:.2f} dB"
+        )
+        return [*decisions, told, Change("distilled", "", change)]
 
     def leave(self) -> None:
         """Part from the processes that shared the work."""

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+from fuzz_graphs import models
+from hypothesis import HealthCheck, Phase, given, settings
 from models import make_feeds
 from numpy.typing import NDArray
 
@@ -29,12 +31,19 @@ from onnxcompress.graph import Graph, input_specs
 from onnxcompress.proto import from_proto, to_proto
 from onnxcompress.session import Session
 
-__all__ = ["Case", "Subject", "Tally", "folder", "kept"]
+__all__ = ["STAYS", "TOO_NEW", "Case", "Subject", "Tally", "folder", "fuzzed", "kept", "run_cases"]
 
 Array = NDArray[Any]
 
 #: relative L2 that reordering may cause in a lossless result, by the type of the output
 TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+MORE = int(os.environ.get("ONNXCOMPRESS_FUZZ", "0"))
+
+#: what prune_channels says of a model whose channels cannot go that far
+STAYS = "with everything removed that may be"
+#: what insert_qdq says where the runtime lacks its operators, or where local functions keep the opset too old
+TOO_NEW = "whose QuantizeLinear no runtime of target|but its function"
+
 SIZES: tuple[Mapping[str, int], ...] = ({}, {"N": 1})
 
 
@@ -105,8 +114,9 @@ class Subject:
         try:
             for step in case.steps:
                 result = step(graph, context)
-                if result.report.changed:
-                    tally.changed[step.name] += 1
+                for report in result.report.children or (result.report,):
+                    tally.changed[report.name] += report.changed
+                    assert not [r for r in report.refusals if "please report" in r.reason]
                 graph = result.graph
         except OnnxCompressError as error:
             known = case.refusals is not None and re.search(case.refusals, str(error))
@@ -194,3 +204,20 @@ def run_cases(model: onnx.ModelProto, cases: Sequence[Case], tally: Tally, *, ta
     subject = Subject(model)
     for case in cases:
         kept(model, case.name, lambda case=case: subject.check(case, tally, target=target))  # type: ignore[misc]
+
+
+def fuzzed(examples: int, **options: Any) -> Callable[[Callable[[onnx.ModelProto], None]], Callable[[], None]]:
+    """Call a function with that many models; each time the same ones unless more were asked for."""
+
+    def decorate(check: Callable[[onnx.ModelProto], None]) -> Callable[[], None]:
+        return settings(
+            max_examples=examples * max(MORE, 1),
+            derandomize=not MORE,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],
+            print_blob=False,
+        )(given(models(**options))(check))
+
+    return decorate

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from models import BY_NAME, Net, make_feeds
+from models import BY_NAME, Net, image, make_feeds
 
 from onnxcompress.base import Change, Context, PassResult, Refusal, SilentProgress
 from onnxcompress.data import Dataset, open_data
@@ -310,6 +310,11 @@ def test_blocks_end_at_joins_and_cut_tensors_are_compared_where_something_is_lef
 
     points = block_points(student(), teacher())
     assert points
+    dead = student()  # what no output depends on is not compared, whether it can be executed or not
+    dead.nodes.append(gs.Node("Add", "dead", inputs=[dead.tensors()[points[0]]] * 2, outputs=[gs.Variable("unread")]))
+    with_it = teacher()
+    with_it.nodes.append(gs.Node("Relu", "unread", inputs=[with_it.inputs[0]], outputs=[gs.Variable("unread")]))
+    assert block_points(dead, with_it) == points
     graph = copy_graph(student())
     model_info(graph).metadata["onnxcompress.kept"] = '{"a": {"1": "0-1,3"}, "b": {"1": "0-1"}, "c": {"1": "2-3"}}'
     kept = kept_positions(graph, {})
@@ -538,6 +543,17 @@ def test_what_cannot_be_executed_is_refused_and_stays() -> None:
     assert stored(result.graph) == stored(graph)
     assert "training mode" in result.report.refusals[0].reason
     assert "n1_BatchNormalization" in given.warnings[0]
+
+
+def test_what_has_no_weights_is_refused_and_stays() -> None:
+    net = Net()
+    net.add("Relu", net.add("Mul", image(net), net.floats(2.0)), to="y")
+    net.output("y", ["N", 3, 8, 8])
+    graph, original = from_proto(net.model()), from_proto(net.model())
+    data = open_data([make_feeds(net.model(), seed=i) for i in range(4)], input_specs(graph))
+    result = Distill(**QUICK)(graph, context(original=original, data=data))
+    assert stored(result.graph) == stored(graph)
+    assert "no weight that could be trained" in result.report.refusals[0].reason
 
 
 def test_a_teacher_of_another_kind_is_refused() -> None:

@@ -306,6 +306,8 @@ def test_quantised_outputs_and_unfed_inputs() -> None:
     assert check_network(graph, {"x": np.array([1.0, -3.0, 500.0], np.float32)}, threads=1).relative_l2 == 0.0
     model = BY_NAME["overridable_initializer"].build()
     assert check_network(from_proto(model), make_feeds(model), threads=1).relative_l2 < 1e-6
+    # node by node, too
+    assert first_difference(from_proto(model), make_feeds(model), threads=1) == (None, len(model.graph.node))
 
 
 @pytest.mark.cases

@@ -8,17 +8,14 @@ once are kept: they are run again by :func:`test_what_once_failed`.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from fuzz_checks import Case, Subject, Tally, folder, kept, run_cases
-from fuzz_graphs import models
-from hypothesis import HealthCheck, Phase, given, settings
+from fuzz_checks import STAYS, TOO_NEW, Case, Subject, Tally, folder, fuzzed, kept, run_cases
 from models import F32
 from onnx import numpy_helper
 from pruning_oracle import assert_exact, assert_taint_stays
@@ -48,13 +45,6 @@ from onnxcompress.recipe import load_recipe
 from onnxcompress.session import Session
 from onnxcompress.shapes import infer_shapes
 from onnxcompress.targets import CPU
-
-MORE = int(os.environ.get("ONNXCOMPRESS_FUZZ", "0"))
-
-#: what prune_channels says of a model whose channels cannot go that far
-STAYS = "with everything removed that may be"
-#: what insert_qdq says where the runtime lacks its operators, or where local functions keep the opset too old
-TOO_NEW = "whose QuantizeLinear no runtime of target|but its function"
 
 LOSSLESS = (
     Case("fold_constants", (FoldConstants(),)),
@@ -102,23 +92,6 @@ def decided(name: str) -> tuple[Pass, ...]:
 RECIPES = tuple(
     Case(name, decided(name), refusals=f"{STAYS}|{TOO_NEW}") for name in ("int8", "int8-accurate", "prune-int8")
 )
-
-
-def fuzzed(examples: int, **options: Any) -> Callable[[Callable[[onnx.ModelProto], None]], Callable[[], None]]:
-    """Call a function with that many models; each time the same ones unless more were asked for."""
-
-    def decorate(check: Callable[[onnx.ModelProto], None]) -> Callable[[], None]:
-        return settings(
-            max_examples=examples * max(MORE, 1),
-            derandomize=not MORE,
-            database=None,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            phases=[Phase.generate, Phase.shrink],
-            print_blob=False,
-        )(given(models(**options))(check))
-
-    return decorate
 
 
 def told(tally: Tally, least: int) -> None:

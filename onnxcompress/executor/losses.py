@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from onnxcompress.executor.plan import needed_nodes
 from onnxcompress.graph import Graph, model_info, normal_domain
 from onnxcompress.kept import Kept, read_kept
 
@@ -177,7 +178,7 @@ def block_points(student: Graph, teacher: Graph) -> list[str]:
     known = {t.name for node in teacher.nodes for t in node.outputs}
     outputs = {t.name for t in student.outputs}
     joins, layers = [], []
-    for node in student.nodes:
+    for node in needed_nodes(student, student.outputs):
         if normal_domain(node) != "" or not node.outputs:
             continue
         place = _after_activation(node.outputs[0], known)
