@@ -7,9 +7,6 @@ BatchNormalization behind a Gemm and some whose weight passes through a Transpos
     python benchmarks/large_model.py
     python benchmarks/large_model.py --gigabytes 1 --recipes lossless --output out.json
 
-The recipe ``int8`` is not bound: it searches with several sessions of float models open, and is measured when it is
-named.
-
 What is measured is the memory of the process and all that it starts together, sampled every 20 ms, and the kernel's own
 figure of the largest one (``ru_maxrss``); the larger of the two counts. Pages of files that are mapped count like any
 other. The bound is 1.5 times the weights. It needs Linux, the extras ``cpu`` and ``test``, and 8 GB of free disk. The
@@ -237,7 +234,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.5, help="size of the weights (default: %(default)s)")
     parser.add_argument(
-        "--recipes", default="lossless,dynamic", help=f"which to run of {', '.join(RECIPES)} (default: %(default)s)"
+        "--recipes", default=",".join(RECIPES), help=f"which to run of {', '.join(RECIPES)} (default: %(default)s)"
     )
     parser.add_argument("--work", type=Path, help="folder for the model and the results; default: a temporary one")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")

@@ -28,6 +28,7 @@ from onnxcompress.errors import DataError
 from onnxcompress.graph import Graph, copy_graph, release_weights, sort_nodes
 from onnxcompress.kept import Kept
 from onnxcompress.shapes import GraphStats, graph_stats
+from onnxcompress.spill import spill_weights
 
 if TYPE_CHECKING:
     from onnxcompress.data import Dataset
@@ -295,6 +296,7 @@ class Pass(BaseModel, ABC):
                     kept.setdefault(item.tensor, {})[item.axis] = item.kept
         sort_nodes(after)
         self.ensures(graph, after, context)
+        spill_weights(after)
         release_weights(after)
         release_weights(graph)
         report = PassReport(

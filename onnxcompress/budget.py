@@ -36,8 +36,8 @@ from onnxcompress.quantization.sensitivity import affordable_samples, weighing_u
 from onnxcompress.quantization.simulation import Simulation
 from onnxcompress.quantization.variants import Variants
 from onnxcompress.recipe import Recipe
-from onnxcompress.session import Session
-from onnxcompress.shapes import infer_shapes, node_macs
+from onnxcompress.session import MAPPED_FROM, Session
+from onnxcompress.shapes import graph_stats, infer_shapes, node_macs
 from onnxcompress.stages import open_stages
 
 __all__ = ["SEARCH_SHARE", "BudgetedRun", "run_within_budget"]
@@ -200,13 +200,16 @@ class _Runner:
     # ---- judging
 
     def _gauge(self, data: Dataset, samples: int) -> Gauge:
-        if self._original is None:
-            self._original = Session(self._graph, threads=self._context.threads)
+        original = self._original
+        if original is None:
+            original = Session(self._graph, threads=self._context.threads)
+            if graph_stats(self._graph).weight_bytes <= MAPPED_FROM:  # a large one is not held beside its variants
+                self._original = original
         if samples < data.samples:
             with suppress(DataError):  # too few batches to choose from: the first ones, then
                 # spread over all of them, whatever their order
                 data = data.split(samples / data.samples, self._context.seed)[1]
-        return Gauge(self._original.run, data, samples)
+        return Gauge(original.run, data, samples)
 
     def _runner(self, outcome: BudgetedRun) -> Any:
         return Session(outcome.result.graph, threads=self._context.threads).run

@@ -46,6 +46,7 @@ __all__ = [
     "first_output",
     "graph_output_ids",
     "input_specs",
+    "map_below",
     "model_info",
     "nested_graphs",
     "normal_domain",
@@ -59,6 +60,7 @@ __all__ = [
     "set_constant",
     "set_extra",
     "sort_nodes",
+    "walk_constants",
     "walk_graphs",
     "walk_nodes",
 ]
@@ -264,6 +266,16 @@ def walk_nodes(graph: Graph) -> Iterator[gs.Node]:
         yield from part.nodes
 
 
+def walk_constants(graph: Graph) -> Iterator[gs.Constant]:
+    """Every constant that nodes of ``graph`` and of the graphs nested in it read or hold, each once."""
+    seen: set[int] = set()
+    for node in walk_nodes(graph):
+        for tensor in (*node.inputs, *node.attrs.values()):
+            if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
 def tensors_read_inside(graph: Graph) -> list[gs.Tensor]:
     """What nested graphs read and hand out; tensors of their own are among it and do no harm."""
     return [
@@ -345,12 +357,18 @@ def _frozen(array: NDArray[Any]) -> NDArray[Any]:
     return array
 
 
-def release(array: NDArray[Any]) -> None:
-    """Let the system take back the pages of a memory map that were read; they come back from the file when needed."""
+def map_below(array: NDArray[Any]) -> mmap.mmap | None:
+    """The memory map that ``array`` is a view of; None where its values lie in memory."""
     owner: object = array
     while isinstance(owner, np.ndarray | memoryview):
         owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
-    if not isinstance(owner, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):  # Windows has none
+    return owner if isinstance(owner, mmap.mmap) else None
+
+
+def release(array: NDArray[Any]) -> None:
+    """Let the system take back the pages of a memory map that were read; they come back from the file when needed."""
+    owner = map_below(array)
+    if owner is None or not hasattr(mmap, "MADV_DONTNEED"):  # Windows has none
         return
     if not (array.flags.c_contiguous or array.flags.f_contiguous):
         return
@@ -362,15 +380,10 @@ def release(array: NDArray[Any]) -> None:
 
 def release_weights(graph: Graph) -> None:
     """:func:`release` all constants of ``graph`` that lie in files: what a pass has read need not stay in memory."""
-    seen: set[int] = set()
-    for node in walk_nodes(graph):
-        for tensor in (*node.inputs, *node.attrs.values()):
-            if not isinstance(tensor, gs.Constant) or id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            values = tensor._values.payload if isinstance(tensor._values, StoredValues) else tensor._values
-            if isinstance(values, np.ndarray):
-                release(values)
+    for constant in walk_constants(graph):
+        values = constant._values.payload if isinstance(constant._values, StoredValues) else constant._values
+        if isinstance(values, np.ndarray):
+            release(values)
 
 
 def set_constant(node: gs.Node, index: int, name: str, value: NDArray[Any]) -> gs.Constant:

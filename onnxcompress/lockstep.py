@@ -11,9 +11,11 @@ dequantised tensors are held as the integers that they come from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import log10
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +33,9 @@ from onnxcompress.graph import (
     walk_graphs,
     walk_nodes,
 )
-from onnxcompress.session import Optimization, Session
+from onnxcompress.recorded import NotRecordableError, Recorded
+from onnxcompress.session import MAPPED_FROM, Optimization, Session
+from onnxcompress.shapes import graph_stats
 from onnxcompress.verify import compare
 
 if TYPE_CHECKING:
@@ -305,16 +309,38 @@ class Judge:
     """
 
     def __init__(self, teacher: Graph, data: Dataset, threads: int = 0) -> None:
-        self._teacher = Session(teacher, optimization="disabled", threads=threads)
         self._data = data
         self._threads = threads
+        self._recorded: Recorded | None = None
+        self._teacher: Session | None = Session(teacher, optimization="disabled", threads=threads)
+        if graph_stats(teacher).weight_bytes > MAPPED_FROM:
+            with suppress(NotRecordableError):
+                self._recorded = Recorded(self._teacher.run, data)
+                self._teacher = None  # a large model is not held in memory beside its student
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._recorded is not None:
+            self._recorded.close()
 
     def error(self, student: Graph) -> float:
         """Mean over the floating-point outputs of ||a - b||^2 / ||a||^2; infinite where one is not finite."""
         session = Session(student, optimization="disabled", threads=self._threads)
-        found = compare(self._teacher.run, session.run, self._data)
+        found = compare(self._answers(), session.run, self._data)
         errors = [o.relative_l2**2 for o in found if o.equal_elements is None]
         return float(np.mean(errors)) if errors else 0.0
+
+    def _answers(self) -> Callable[[Mapping[str, Array]], Mapping[str, Any]]:
+        """What the teacher answers to one batch of the data after the other."""
+        if self._recorded is None:
+            assert self._teacher is not None
+            return self._teacher.run
+        recorded = iter(self._recorded)
+        return lambda feeds: next(recorded)
 
     def sample_errors(self, student: Graph, levels: Sequence[Optimization] = ("disabled",)) -> SampleErrors:
         """The error of each sample, summed over runs at each of the runtime's ``levels`` of optimisation.
@@ -322,11 +348,12 @@ class Judge:
         Of an output that has no axis of samples the batch counts as one sample.
         """
         sessions = [Session(student, optimization=level, threads=self._threads) for level in levels]
+        answers = self._answers()
         errors: list[Floats] = []
         signals: list[Floats] = []
         for batch in self._data:
             error, signal = np.zeros((len(levels), batch.samples)), np.zeros(batch.samples)
-            expected = self._teacher.run(batch.feeds)
+            expected = answers(batch.feeds)
             for found, level_error in zip((session.run(batch.feeds) for session in sessions), error, strict=True):
                 for name, wanted, rows in _rows(expected, batch.samples):
                     away = found[name].reshape(wanted.shape) - wanted

@@ -160,9 +160,9 @@ class _Group:
         gain = np.zeros(len(self.power))
         noise = 0.0
         for reader, roots in self.readers:
-            groups, _, channels, taps = reader.weight.shape
-            own = everywhere[roots].reshape(groups, 1, channels, 1)
-            scaled = np.abs(reader.weight) * own
+            scaled = np.abs(reader.weight())
+            groups, _, channels, taps = scaled.shape
+            scaled *= everywhere[roots].reshape(groups, 1, channels, 1)
             np.add.at(gain, roots, np.square(scaled).sum(axis=(1, 3)).ravel())
             steps = scaled.max(axis=(2, 3)) / 127
             power = (self.power[roots] / np.square(everywhere[roots])).reshape(groups, channels).sum(axis=1) * taps

@@ -266,8 +266,8 @@ class QuantizeDynamic(Pass):
             for step in passes:
                 made = step(made, own).graph
             forms.append(made)
-        judge = Judge(graph, parts.held_out, context.threads)
-        errors = [decibels(judge.error(form)) for form in forms]
+        with Judge(graph, parts.held_out, context.threads) as judge:
+            errors = [decibels(judge.error(form)) for form in forms]
         timing = benchmark(
             forms[0], forms[1], context.data, threads=1, seconds=_SECONDS, seed=context.seed, progress=context.progress
         )

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxcompress.base import Progress, SilentProgress
@@ -38,7 +40,8 @@ from onnxcompress.environment import describe_environment
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph
 from onnxcompress.runtimes import get_runtime
-from onnxcompress.session import Feeds, Session
+from onnxcompress.session import MAPPED_FROM, Feeds, Session
+from onnxcompress.shapes import graph_stats
 from onnxcompress.statistics import (
     FEWEST_SESSIONS,
     Verdict,
@@ -168,22 +171,24 @@ def benchmark(
     _check(sessions, seconds, threads)
     environment = describe_environment()
     runtime = get_runtime(f"onnxruntime:{provider}")
-    sizes, sources = zip(*(measured(model) for model in (reference, candidate)), strict=True)
-    feeds = paired_feeds(sources, data, batch)
-    subjects = [
-        Subject(LocalRunner(runtime, source, threads), size) for source, size in zip(sources, sizes, strict=True)
-    ]
-    for subject in subjects:
-        subject.runner.feed(feeds)
-    result, _ = compare_subjects(
-        subjects[0],
-        subjects[1],
-        len(feeds),
-        sessions=sessions,
-        seconds=seconds,
-        seed=seed,
-        progress=progress,
-    )
+    with tempfile.TemporaryDirectory(prefix="onnxcompress-", ignore_cleanup_errors=True) as folder:
+        models = {"reference": reference, "candidate": candidate}
+        sizes, sources = zip(*(measured(model, Path(folder) / name) for name, model in models.items()), strict=True)
+        feeds = paired_feeds(sources, data, batch)
+        subjects = [
+            Subject(LocalRunner(runtime, source, threads), size) for source, size in zip(sources, sizes, strict=True)
+        ]
+        for subject in subjects:
+            subject.runner.feed(feeds)
+        result, _ = compare_subjects(
+            subjects[0],
+            subjects[1],
+            len(feeds),
+            sessions=sessions,
+            seconds=seconds,
+            seed=seed,
+            progress=progress,
+        )
     return replace(result, threads=threads, provider=provider, batch=batch, environment=environment)
 
 
@@ -320,11 +325,18 @@ def histogram(values: NDArray[np.float64], bins: int = 60) -> tuple[tuple[float,
     return tuple(edges.tolist()), tuple(counts.tolist())
 
 
-def measured(model: Model) -> tuple[int, bytes | Path]:
-    """(bytes, what sessions are created from): a file stays a file, everything else is serialised once."""
-    if isinstance(model, str | os.PathLike):
-        from onnxcompress.io import model_bytes
+def measured(model: Model, folder: Path) -> tuple[int, bytes | Path]:
+    """(bytes, what sessions are created from).
 
+    A file stays a file, a large graph becomes one in ``folder``, which is made for it, and everything else is
+    serialised once.
+    """
+    from onnxcompress.io import model_bytes, write_files
+
+    if isinstance(model, gs.Graph) and graph_stats(model).weight_bytes > MAPPED_FROM:
+        folder.mkdir()
+        model = write_files(model, folder)
+    if isinstance(model, str | os.PathLike):
         return model_bytes(Path(model)), Path(model)
     if isinstance(model, bytes):
         content = model

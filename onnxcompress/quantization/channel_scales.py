@@ -19,7 +19,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxcompress.graph import Graph, Names, attribute, constant_value, normal_domain, set_constant, walk_graphs
+from onnxcompress.graph import (
+    Graph,
+    Names,
+    attribute,
+    constant_value,
+    normal_domain,
+    release,
+    set_constant,
+    walk_graphs,
+)
 from onnxcompress.shapes import TensorType
 
 __all__ = ["ChannelScales", "Channels", "Reader"]
@@ -38,11 +47,21 @@ class Channels:
 
 @dataclass(frozen=True)
 class Reader:
-    """A weight that multiplies labelled channels, as float64 [groups, outputs per group, channels per group, taps]."""
+    """A weight that multiplies labelled channels."""
 
     node: gs.Node
     labels: Labels
-    weight: NDArray[np.float64]
+    out_axis: int
+    in_axis: int
+    group: int
+
+    def weight(self) -> NDArray[np.float64]:
+        """Its values now, [groups, outputs per group, channels per group, taps]; a copy, which is not kept."""
+        value = constant_value(self.node.inputs[1])
+        assert value is not None
+        moved = np.moveaxis(value, (self.out_axis, self.in_axis), (0, 1)).astype(np.float64)
+        release(value)
+        return moved.reshape(self.group, moved.shape[0] // self.group, moved.shape[1], -1)
 
 
 @dataclass(frozen=True)
@@ -183,13 +202,13 @@ class ChannelScales:
             if labels.size != per_group * group:
                 return False
             outs = weight.shape[out_axis]
-            moved = np.moveaxis(weight, (out_axis, in_axis), (0, 1)).astype(np.float64)
-            self.readers.append(Reader(node, labels, moved.reshape(group, outs // group, per_group, -1)))
+            self.readers.append(Reader(node, labels, out_axis, in_axis, group))
 
             def multiply(scales: Scales) -> None:
                 current = constant_value(node.inputs[1])
                 assert current is not None
                 parts = np.moveaxis(current, (out_axis, in_axis), (0, 1)).astype(np.float64)
+                release(current)
                 shape = parts.shape
                 split = parts.reshape(group, outs // group, *shape[1:])
                 factor = scales.reshape(group, 1, per_group, *([1] * (len(shape) - 2)))
@@ -207,6 +226,7 @@ class ChannelScales:
             assert current is not None
             factor = scales.reshape([-1 if i == out_axis else 1 for i in range(current.ndim)])
             self._replace(node, 1, current.astype(np.float64) / factor)
+            release(current)
             if bias_index is not None:
                 offset = constant_value(node.inputs[bias_index])
                 assert offset is not None

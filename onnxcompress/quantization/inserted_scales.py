@@ -27,7 +27,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxcompress.graph import Graph, Names, attribute, constant_value, normal_domain, set_constant
+from onnxcompress.graph import Graph, Names, attribute, constant_value, normal_domain, release, set_constant
 from onnxcompress.quantization.channel_statistics import ChannelStatistics
 from onnxcompress.quantization.placement import place
 from onnxcompress.shapes import TensorType
@@ -126,6 +126,7 @@ def _rows(node: gs.Node) -> Floats:
     value = constant_value(node.inputs[1])
     assert value is not None
     weight = value.astype(np.float64)
+    release(value)
     return weight.T if node.op == "Gemm" and attribute(node, "transB", 0) else weight
 
 

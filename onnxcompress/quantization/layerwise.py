@@ -471,7 +471,11 @@ def keep_best(
         A graph (``start`` itself where nothing is kept), how many changes it holds, and the relative squared error of
         the outputs on ``data`` before and after.
     """
-    judge = Judge(teacher, data, threads)
+    with Judge(teacher, data, threads) as judge:
+        return _best(judge, start, teacher, changes)
+
+
+def _best(judge: Judge, start: Graph, teacher: Graph, changes: Sequence[Mended]) -> tuple[Graph, int, float, float]:
     # With the integer kernels that will serve it, and as it is written: two draws of the same chance.
     levels: tuple[Optimization, ...] = ("extended", "disabled")
     before = judge.sample_errors(start, levels)

@@ -26,6 +26,7 @@ from onnxcompress.quantization.placement import Placement, Unit
 from onnxcompress.quantization.qdq import class_qparams
 from onnxcompress.quantization.variants import Variants
 from onnxcompress.session import Feeds, Session
+from onnxcompress.spill import spill_weights
 from onnxcompress.targets import Role
 
 __all__ = ["Simulation", "Switches"]
@@ -69,6 +70,7 @@ class Simulation:
         self._add_constants(student if student is not None else variants.written())
         self._graph.inputs = [*self._graph.inputs, *self._flags]
         sort_nodes(self._graph)
+        spill_weights(self._graph)
         # Nothing of the graph is to be fused into integers: the float operators are what is wanted.
         config = {"session.disable_quant_qdq": "1"}
         self._session = Session(self._graph, optimization="extended", threads=threads, config=config)
