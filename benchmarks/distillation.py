@@ -296,11 +296,11 @@ class Distillation(Bench):
         if self.options.steps_share is None:
             return 20 if self.quick else None
         seconds = []
-        for count in (2, 10):
+        for count in (20, 40):  # both with as many evaluations
             begun = time.process_time()
             Distill(steps=count, learning_rate=1e-4)(student, self.context(graph, data, start))
             seconds.append(time.process_time() - begun)
-        a_step = max(seconds[1] - seconds[0], 1e-3) / 8
+        a_step = max(seconds[1] - seconds[0], 1e-3) / 20
         return max(1, int(self.options.steps_share * TRAINING * 60 * minutes * TWO_CORES / a_step))
 
     def duration(self, minutes: float, steps: int | None) -> str:

@@ -12,6 +12,7 @@ result, not a log line), a :class:`Decision` (what was decided by measuring, so 
 
 from __future__ import annotations
 
+import gc
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ from onnxcompress.errors import DataError
 from onnxcompress.graph import Graph, copy_graph, release_weights, sort_nodes
 from onnxcompress.kept import Kept
 from onnxcompress.shapes import GraphStats, graph_stats
-from onnxcompress.spill import spill_weights
+from onnxcompress.spill import SPILLED_FROM, spill_weights
 
 if TYPE_CHECKING:
     from onnxcompress.data import Dataset
@@ -296,6 +297,8 @@ class Pass(BaseModel, ABC):
                     kept.setdefault(item.tensor, {})[item.axis] = item.kept
         sort_nodes(after)
         self.ensures(graph, after, context)
+        if graph_stats(after).weight_bytes >= SPILLED_FROM:
+            gc.collect()  # graphs are cycles, and what a pass tried or replaced may be as large as the model
         spill_weights(after)
         release_weights(after)
         release_weights(graph)

@@ -50,6 +50,7 @@ from onnxcompress.recipe import Recipe, load_recipe, unmatched_exclusions, with_
 from onnxcompress.runtimes import Trace
 from onnxcompress.session import Session, import_onnxruntime
 from onnxcompress.shapes import graph_stats
+from onnxcompress.spill import spill_weights
 from onnxcompress.stages import Stages, open_stages
 from onnxcompress.targets import get_target
 from onnxcompress.verify import check_equivalent, compare
@@ -262,6 +263,7 @@ def compress(
         with job.timed("load"):
             graph = load(model, trusted=links)
             check_unchanged(model, digests, model_info(graph).source_sha256)
+            spill_weights(graph)  # those in the model file itself are in memory, and the original stays to the end
             (job.work_dir / "model").mkdir()
             job.runnable = copy_linked(model, job.work_dir / "model", trusted=links)
         checked_destination(output_path, {f"the model's {file.name}": file for file in model_info(graph).files})

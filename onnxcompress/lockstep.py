@@ -328,8 +328,12 @@ class Judge:
             self._recorded.close()
 
     def error(self, student: Graph) -> float:
-        """Mean over the floating-point outputs of ||a - b||^2 / ||a||^2; infinite where one is not finite."""
-        session = Session(student, optimization="disabled", threads=self._threads)
+        """Mean over the floating-point outputs of ||a - b||^2 / ||a||^2; infinite where one is not finite.
+
+        As the graph is written, unless it is large: all weights would be dequantised before the first layer then.
+        """
+        level: Optimization = "disabled" if self._recorded is None else "extended"
+        session = Session(student, optimization=level, threads=self._threads)
         found = compare(self._answers(), session.run, self._data)
         errors = [o.relative_l2**2 for o in found if o.equal_elements is None]
         return float(np.mean(errors)) if errors else 0.0
@@ -347,7 +351,14 @@ class Judge:
 
         Of an output that has no axis of samples the batch counts as one sample.
         """
-        sessions = [Session(student, optimization=level, threads=self._threads) for level in levels]
+        # of a large model one session at a time
+        parts = [tuple(levels)] if self._recorded is None else [(level,) for level in levels]
+        found = [self._errors_at(student, part) for part in parts]
+        return SampleErrors(np.sum([f.errors for f in found], axis=0), np.sum([f.signals for f in found], axis=0))
+
+    def _errors_at(self, student: Graph, levels: Sequence[Optimization]) -> SampleErrors:
+        arena = self._recorded is None  # it would keep the memory of all weights that were dequantised
+        sessions = [Session(student, optimization=level, threads=self._threads, arena=arena) for level in levels]
         answers = self._answers()
         errors: list[Floats] = []
         signals: list[Floats] = []

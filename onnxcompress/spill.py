@@ -19,7 +19,7 @@ from onnxcompress.graph import Graph, map_below, walk_constants
 __all__ = ["SPILLED_FROM", "spill_weights"]
 
 #: bytes of weights in memory from which they are moved
-SPILLED_FROM = 1 << 28
+SPILLED_FROM = 1 << 26
 #: smaller ones are left alone
 _LEAST = 1 << 16
 

@@ -36,6 +36,7 @@ from onnxcompress.graph import (
     copy_graph,
     graph_output_ids,
     normal_domain,
+    release,
     remove_node,
     replace_contents,
     sort_nodes,
@@ -43,6 +44,7 @@ from onnxcompress.graph import (
 )
 from onnxcompress.passes.quantize_dynamic import QuantizeDynamic
 from onnxcompress.shapes import infer_shapes
+from onnxcompress.spill import spill_weights
 from onnxcompress.targets import get_target
 
 __all__ = ["ArrangeBlocks"]
@@ -87,6 +89,7 @@ class ArrangeBlocks(Pass):
                 continue
             candidate = copy_graph(graph)
             changes = rewrite(candidate)
+            spill_weights(candidate)
             if not changes:
                 continue
             if value == "measured":
@@ -172,6 +175,9 @@ def _merge_projections(graph: Graph) -> list[Change]:
         weights = [constant_value(node.inputs[1]) for node in nodes]
         first, source = nodes[0], nodes[0].inputs[0]
         joined = np.concatenate([w for w in weights if w is not None], axis=1)
+        for read in weights:
+            if read is not None:
+                release(read)
         product = gs.Variable(names.free(f"{first.outputs[0].name}_merged"), np.dtype(np.float32))
         weight_name = names.free(f"{first.inputs[1].name}_merged")
         made = gs.Node(

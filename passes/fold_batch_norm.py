@@ -43,6 +43,7 @@ from onnxcompress.graph import (
     first_output,
     graph_output_ids,
     normal_domain,
+    release,
     remove_nodes,
     set_constant,
     sort_nodes,
@@ -485,6 +486,7 @@ class _Folder:
 
     def _set_weight(self, linear: _Linear, value: NDArray[Any]) -> None:
         self._replace(linear.node, linear.weight_index, value)
+        release(linear.weight)
 
     def _set_bias(self, linear: _Linear, value: NDArray[Any]) -> None:
         node = linear.node

@@ -94,7 +94,7 @@ class ModelTiming:
     runs: int
     session_creation_s: float
     first_run_s: float
-    #: the file with its external data; for a model in memory, its size when serialised
+    #: the file with its external data; for a model in memory, its size when it is written
     bytes_on_disk: int
     #: of the timed runs: edges of equal bins up to the last one, which holds everything above
     histogram_edges_s: tuple[float, ...] = ()
@@ -173,7 +173,9 @@ def benchmark(
     runtime = get_runtime(f"onnxruntime:{provider}")
     with tempfile.TemporaryDirectory(prefix="onnxcompress-", ignore_cleanup_errors=True) as folder:
         models = {"reference": reference, "candidate": candidate}
-        sizes, sources = zip(*(measured(model, Path(folder) / name) for name, model in models.items()), strict=True)
+        large = any(isinstance(m, gs.Graph) and graph_stats(m).weight_bytes > MAPPED_FROM for m in models.values())
+        folders = {name: Path(folder) / name if large else None for name in models}
+        sizes, sources = zip(*(measured(model, folders[name]) for name, model in models.items()), strict=True)
         feeds = paired_feeds(sources, data, batch)
         subjects = [
             Subject(LocalRunner(runtime, source, threads), size) for source, size in zip(sources, sizes, strict=True)
@@ -325,15 +327,15 @@ def histogram(values: NDArray[np.float64], bins: int = 60) -> tuple[tuple[float,
     return tuple(edges.tolist()), tuple(counts.tolist())
 
 
-def measured(model: Model, folder: Path) -> tuple[int, bytes | Path]:
+def measured(model: Model, folder: Path | None) -> tuple[int, bytes | Path]:
     """(bytes, what sessions are created from).
 
-    A file stays a file, a large graph becomes one in ``folder``, which is made for it, and everything else is
+    A file stays a file; a graph becomes one in ``folder``, which is made for it, where there is one; everything else is
     serialised once.
     """
     from onnxcompress.io import model_bytes, write_files
 
-    if isinstance(model, gs.Graph) and graph_stats(model).weight_bytes > MAPPED_FROM:
+    if isinstance(model, gs.Graph) and folder is not None:
         folder.mkdir()
         model = write_files(model, folder)
     if isinstance(model, str | os.PathLike):

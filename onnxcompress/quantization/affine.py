@@ -27,6 +27,8 @@ __all__ = [
 
 #: Integer biases and the accumulators that they start from stay below this, half of what int32 holds.
 MAX_BIAS = 2**30
+#: elements that are quantised at once, so that a large table has no copies in other types
+_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,11 @@ def weight_qparams(
     overflows int32: the scale is bounded from below so that ``|bias| / (input_scale * scale) <= MAX_BIAS``.
     """
     largest = scheme.limits[1]
-    magnitude = np.abs(np.asarray(weight, np.float64))
-    if axis is None:
-        bound = np.array(magnitude.max(initial=0.0))
-    else:
-        axis = axis % weight.ndim
-        bound = magnitude.max(axis=tuple(i for i in range(weight.ndim) if i != axis), initial=0.0)
+    axis = None if axis is None else axis % weight.ndim
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    # not the largest of np.abs, which would be a copy of a table that may be large
+    largest_of_all = np.maximum(weight.max(axis=others, initial=0), -weight.min(axis=others, initial=0))
+    bound = np.asarray(largest_of_all, np.float64)
     scale = bound / largest
     if method == "mse":
         scale *= _best_shares(np.asarray(weight, np.float64), scale, largest, axis)
@@ -219,11 +220,14 @@ def _best_shares(
 def quantize(values: NDArray[Any], params: QParams) -> NDArray[Any]:
     """QuantizeLinear in numpy: float in, the integer type of ``params.zero_point`` out."""
     info = np.iinfo(params.zero_point.dtype)
-    scale = params._along(params.scale, values.ndim)
-    zero_point = params._along(params.zero_point, values.ndim).astype(np.int64)
-    scaled = np.rint(np.asarray(values).astype(np.float32) / scale)
-    integers: NDArray[Any] = np.clip(scaled.astype(np.float64) + zero_point, info.min, info.max)
-    return np.asarray(integers).astype(params.zero_point.dtype)
+    scale = np.broadcast_to(params._along(params.scale, values.ndim), values.shape)
+    zero_point = np.broadcast_to(params._along(params.zero_point, values.ndim).astype(np.int64), values.shape)
+    integers = np.empty(values.shape, params.zero_point.dtype)
+    rows = max(1, _AT_ONCE * len(values) // max(values.size, 1)) if values.ndim else 1
+    for part in (slice(i, i + rows) for i in range(0, len(values), rows)) if values.ndim else ((),):
+        scaled = np.rint(np.asarray(values[part]).astype(np.float32) / scale[part])
+        integers[part] = np.clip(scaled.astype(np.float64) + zero_point[part], info.min, info.max)
+    return integers
 
 
 def quantize_weight(weight: NDArray[Any], params: QParams, scheme: QuantScheme) -> NDArray[Any]:

@@ -150,6 +150,7 @@ def observe(
             _refuse_nan({name: values[name] for name in results})
             for name, fetched in outputs.items():
                 watchers[name].update(*(values[output] for output in fetched))
+        del session  # of a large model there is none open while the next one is made
 
 
 def _fitting(

@@ -23,6 +23,7 @@ from onnxcompress.graph import (
     Graph,
     Names,
     attribute,
+    change_constant,
     constant_value,
     normal_domain,
     release,
@@ -184,10 +185,10 @@ class ChannelScales:
 
     def _replace(self, node: gs.Node, index: int, value: NDArray[Any]) -> None:
         old = node.inputs[index]
-        name = old.name
-        if not isinstance(old, gs.Constant):
-            name = self._names.free(f"{name}_scaled")
-        set_constant(node, index, name, value.astype(np.float32))
+        if isinstance(old, gs.Constant):  # in place: a new one would leave the old values to the garbage collector
+            change_constant(old, value.astype(np.float32))
+        else:
+            set_constant(node, index, self._names.free(f"{old.name}_scaled"), value.astype(np.float32))
 
     # ---- rules: True where the node's inputs need no pin
 

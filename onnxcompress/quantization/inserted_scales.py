@@ -27,7 +27,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxcompress.graph import Graph, Names, attribute, constant_value, normal_domain, release, set_constant
+from onnxcompress.graph import (
+    Graph,
+    Names,
+    attribute,
+    change_constant,
+    constant_value,
+    normal_domain,
+    release,
+    set_constant,
+)
 from onnxcompress.quantization.channel_statistics import ChannelStatistics
 from onnxcompress.quantization.placement import place
 from onnxcompress.shapes import TensorType
@@ -114,10 +123,11 @@ def insert_scales(
             node.inputs[0] = even
             scaled = weight * scale[:, None]
             stored = scaled.T if node.op == "Gemm" and attribute(node, "transB", 0) else scaled
-            label = node.inputs[1].name
-            if not isinstance(node.inputs[1], gs.Constant):
-                label = names.free(f"{label}_scaled")
-            set_constant(node, 1, label, np.ascontiguousarray(stored, dtype=np.float32))
+            stored = np.ascontiguousarray(stored, dtype=np.float32)
+            if isinstance(node.inputs[1], gs.Constant):
+                change_constant(node.inputs[1], stored)
+            else:
+                set_constant(node, 1, names.free(f"{node.inputs[1].name}_scaled"), stored)
         yield made, gain
 
 

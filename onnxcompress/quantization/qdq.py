@@ -270,6 +270,7 @@ class _Writer:
         axis = rule.axis(node, weight.ndim)
         bias = self._bias(node, rule.bias, weight.shape[axis])
         rewritten = bias is not None and not self._is_stored(node.inputs[rule.bias or 0], bias)
+        stored = weight
         if node.op == "Gemm":  # the integer kernel knows alpha and beta of one only
             weight = weight * np.float32(attribute(node, "alpha", 1.0))
             node.attrs = {k: v for k, v in node.attrs.items() if k not in ("alpha", "beta")}
@@ -286,7 +287,7 @@ class _Writer:
         explicit = node.op != "Conv"
         integers = quantize_weight(weight, params, self.placement.target.weights)
         integers = np.clip(integers, *self.placement.target.weights.limits)  # ranges by mean squared error cut some off
-        release(weight)
+        release(stored)
         node.inputs[index] = self._constant(tensor, integers, params, explicit=explicit)
         mark = self.marks.get(unit.inputs[0].name)
         if mark is not None and bias is not None:

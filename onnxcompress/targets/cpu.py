@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcompress.composites import composite, mark_of, silu
-from onnxcompress.graph import attribute, constant_value
+from onnxcompress.graph import attribute, constant_value, release
 from onnxcompress.quantization.affine import QuantScheme
 from onnxcompress.targets.base import Costs, OperatorRule, Role, Target, Types, WeightRule
 
@@ -42,9 +42,9 @@ def _weight_reason(node: gs.Node, index: int) -> str | None:
         return f"its weight is {value.dtype}, not float32"
     if not value.size:
         return "its weight is empty"
-    if not np.isfinite(value).all():
-        return f"its weight {node.inputs[index].name!r} holds values that are not finite"
-    return None
+    finite = np.isfinite(value).all()
+    release(value)
+    return None if finite else f"its weight {node.inputs[index].name!r} holds values that are not finite"
 
 
 def _bias_reason(node: gs.Node, index: int, channels: int, *, broadcasts: bool = False) -> str | None:
