@@ -9,9 +9,9 @@ BatchNormalization behind a Gemm and some whose weight passes through a Transpos
 
 What is measured is the memory of the process and all that it starts together, sampled every 20 ms, and the kernel's own
 figure of the largest one (``ru_maxrss``); the larger of the two counts. Pages of files that are mapped count like any
-other. The bound is 1.5 times the weights. It needs Linux, the extras ``cpu`` and ``test``, and 16 GB of free disk, where
-``TMPDIR`` points to and no memory disk. The
-last line on stdout is JSON; the exit code is 1 where the bound is missed.
+other. The bound is 1.5 times the weights. It needs Linux, the extras ``cpu`` and ``test``, and 16 GB of free disk where
+temporary files go (``TMPDIR``), which has to be no disk in memory. The last line on stdout is JSON; the exit code is 1
+where the bound is missed.
 """
 
 from __future__ import annotations
