@@ -341,6 +341,25 @@ def test_stored_values_are_decoded_once_and_late() -> None:
     assert constant_value(gs.Constant("q", packed)) is None
 
 
+@pytest.mark.parametrize("kind", ["INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1", "FLOAT6E2M3", "FLOAT6E3M2"])
+def test_types_below_one_byte_have_no_value_to_compute_with(kind: str) -> None:
+    if kind not in dict(TensorProto.DataType.items()):
+        pytest.skip(f"onnx {onnx.__version__} has no {kind}")
+    array = np.zeros(4, element_type(TensorProto.DataType.Value(kind)))
+    assert constant_value(gs.Constant("q", array)) is None
+    assert constant_value(gs.Constant("q", StoredValues(numpy_helper.from_array(array, "q")))) is None
+
+
+def test_text_has_no_value_to_compute_with() -> None:
+    assert constant_value(gs.Constant("t", np.array(["a", "b"], object))) is None
+    assert constant_value(gs.Constant("b", np.array([True, False]))) is not None
+
+
+def test_what_a_new_graph_says_of_its_source() -> None:
+    info = model_info(gs.Graph())
+    assert info.external_data is False and info.files == () and info.source_sha256 is None
+
+
 @pytest.mark.parametrize("flat", [True, False])
 def test_sparse_values_are_their_dense_equivalent(flat: bool) -> None:
     values = numpy_helper.from_array(np.array([5, 7], np.float32), "s")
