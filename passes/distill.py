@@ -65,6 +65,8 @@ _HELD_OUT = 1024
 #: bytes that they may have, unless they were fewer than this
 _HELD_OUT_BYTES = 1 << 28
 _LEAST_HELD_OUT = 64
+#: fewest samples, of half of them at most, that can tell a gain from chance
+_FEWEST_HELD_OUT = 4
 #: changed copies of each held-out image, where they are few
 _COPIES = 8
 #: how images are mixed that are seen more often than this (of resnet20 at half, 500 steps on 1,024 images, on others:
@@ -124,7 +126,9 @@ class Distill(Pass):
         description="Changes of images: flip, crop, mixup, cutmix, none; default: flip and crop where the teacher does "
         "not mind, cutmix where images are few",
     )
-    held_out: float = Field(0.1, gt=0, lt=1, description="Share of the samples held out to judge by, at most 1,024")
+    held_out: float = Field(
+        0.1, gt=0, lt=1, description="Share of the samples held out to judge by, 4 to 1,024 of them"
+    )
     checkpoint: str | None = Field(None, description="File to save the state to, and to take it up from")
 
     @field_validator("augment")
@@ -156,7 +160,8 @@ class Distill(Pass):
         each = sum(value.nbytes for value in first.feeds.values()) / first.samples
         most = min(_HELD_OUT, max(_LEAST_HELD_OUT, int(_HELD_OUT_BYTES / max(each, 1))))
         try:
-            return data.split(min(self.held_out, most / data.samples), seed)
+            share = max(self.held_out, min(_FEWEST_HELD_OUT / data.samples, 0.5))
+            return data.split(min(share, most / data.samples), seed)
         except DataError:
             return None
 

@@ -496,6 +496,14 @@ def test_images_are_judged_by_changed_copies(monkeypatch: pytest.MonkeyPatch) ->
     assert not np.array_equal(copies[:13], copies[13:26])
 
 
+@pytest.mark.parametrize(("given", "held"), [(2, 1), (4, 2), (8, 4), (30, 4), (100, 10), (128, 13)])
+def test_some_samples_are_held_out_of_few(given: int, held: int) -> None:
+    """One or two cannot tell a gain from chance, so that nothing would ever be learned."""
+    parts = Distill().hold_out(samples().take(given), 0)
+    assert parts is not None
+    assert [part.samples for part in parts] == [given - held, held]
+
+
 def test_passes_before_it_do_not_see_what_it_judges_by() -> None:
     class Sees(FoldBatchNorm):
         seen: ClassVar[list[int]] = []

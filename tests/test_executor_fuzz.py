@@ -25,7 +25,7 @@ from onnxcompress.executor.check import check_network
 
 PRUNE = PruneChannels(params=0.6, recover=False, importance="l2", allocation="uniform", round_to=1)
 QUANTISE = InsertQdq(observer="min_max", audit=False)
-TEACH = Distill(steps=20, batch_size=4, learning_rate=1e-2, average=0.0, augment=("none",), held_out=0.5)
+TEACH = Distill(steps=20, batch_size=4, learning_rate=1e-2, average=0.0, augment=("none",))
 CASES = (
     Case("prune_distill", (Pipeline((PRUNE, TEACH)),), refusals=STAYS),
     Case("quantise_distill", (Pipeline((QUANTISE, TEACH)),), refusals=TOO_NEW),
