@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 from models import BY_NAME
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxcompress.errors import ModelError
@@ -29,21 +31,28 @@ from onnxcompress.graph import (
     first_output,
     graph_output_ids,
     input_specs,
+    map_below,
     model_info,
     nested_graphs,
     normal_domain,
     part_info,
     redirect,
+    release,
+    release_weights,
     remove_node,
     remove_nodes,
     replace_contents,
     set_constant,
     set_extra,
     sort_nodes,
+    tensors_read_inside,
+    walk_constants,
     walk_graphs,
     walk_nodes,
 )
 from onnxcompress.proto import from_proto, to_proto
+
+Array = NDArray[Any]
 
 
 def loaded(name: str) -> Graph:
@@ -285,6 +294,9 @@ def test_inputs_as_they_can_be_fed() -> None:
     assert input_specs(gs.Graph(inputs=[gs.Variable("z", np.int8, [0])]))[0].shape == (0,)
     with pytest.raises(ModelError, match="'a' has no type"):
         input_specs(gs.Graph(inputs=[gs.Variable("a", None, [1])]))
+    plain = gs.Variable("p", np.float32, [2])
+    plain.type = None  # graphsurgeon's importer leaves it out for some
+    assert input_specs(gs.Graph(inputs=[plain])) == [InputSpec("p", np.dtype(np.float32), (2,))]
     sequence = gs.Variable("s", np.float32)
     sequence.type = "sequence_type"
     with pytest.raises(ModelError, match="'s' is a sequence; only tensors"):
@@ -292,6 +304,84 @@ def test_inputs_as_they_can_be_fed() -> None:
 
 
 # -- constants ---------------------------------------------------------------------------------------------------------
+
+
+def nested() -> tuple[Graph, gs.Constant, gs.Constant, gs.Constant]:
+    """A node that reads a constant twice, one that holds another, and a branch with its own that reads the first."""
+    shared, held, own = (gs.Constant(name, np.ones(3, np.float32)) for name in ("shared", "held", "own"))
+    x, y, z = (gs.Variable(name, np.float32, [3]) for name in "xyz")
+    inner = gs.Variable("inner", np.float32, [3])
+    branch = gs.Graph([gs.Node("Sum", "sum", inputs=[x, shared, own], outputs=[inner])], [], [inner])
+    nodes = [
+        gs.Node("Sum", "twice", inputs=[x, shared, shared], outputs=[y]),
+        gs.Node("Constant", "constant", {"value": held}, [], [gs.Variable("v")]),
+        gs.Node("If", "if", {"then_branch": branch, "else_branch": branch}, [gs.Variable("c", np.bool_)], [z]),
+    ]
+    return gs.Graph(nodes, [x], [y, z]), shared, held, own
+
+
+def test_every_constant_once() -> None:
+    graph, *constants = nested()
+    found = list(walk_constants(graph))
+    assert sorted(c.name for c in found) == ["held", "own", "shared"]
+    assert {id(c) for c in found} == {id(c) for c in constants}
+
+
+def test_what_branches_read() -> None:
+    graph, shared, held, own = nested()
+    found = tensors_read_inside(graph)
+    assert {t.name for t in found} == {"x", "shared", "own", "inner"}
+    assert not {id(held), id(graph.outputs[0])} & {id(t) for t in found}
+    assert {id(shared), id(own)} <= {id(t) for t in found}
+    assert tensors_read_inside(chain("Relu")) == []
+
+
+def mapped(path: Path, values: Array) -> Array:
+    """``values`` as a view of a memory map of a file."""
+    path.write_bytes(bytes(mmap.PAGESIZE) + values.tobytes())
+    with path.open("rb") as file:
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(whole, values.dtype, values.size, mmap.PAGESIZE).reshape(values.shape)
+
+
+def resident(array: Array) -> int:
+    """Bytes of the map below ``array`` that are in memory, as the kernel tells."""
+    address = array.ctypes.data - mmap.PAGESIZE
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.startswith(f"{address:x}-") or line.startswith(f"{address:08x}-"):
+            return next(1024 * int(text.split()[1]) for text in lines if text.startswith("Rss:"))
+    raise AssertionError("the map is not there")
+
+
+def test_what_is_mapped_and_what_is_not(tmp_path: Path) -> None:
+    array = mapped(tmp_path / "weights", np.arange(12, dtype=np.float32).reshape(3, 4))
+    below = map_below(array)
+    assert isinstance(below, mmap.mmap)
+    assert map_below(array.T[1:]) is below
+    assert map_below(np.arange(3)) is None and map_below(array.copy()) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what is in memory")
+def test_pages_that_were_read_are_given_back(tmp_path: Path) -> None:
+    values = np.arange(64 * mmap.PAGESIZE, dtype=np.float32).reshape(64, -1)
+    array = mapped(tmp_path / "weights", values)
+    assert float(array.sum()) == float(values.sum())
+    assert resident(array) > 0.9 * values.nbytes
+    release(array[:, ::2])  # no one piece: nothing happens
+    assert resident(array) > 0.9 * values.nbytes
+    release(array[:32])
+    assert 0.4 * values.nbytes < resident(array) < 0.6 * values.nbytes
+    release_weights(gs.Graph([gs.Node("Relu", inputs=[gs.Constant("w", array)])]))
+    assert resident(array) < 0.05 * values.nbytes
+    np.testing.assert_array_equal(array, values)
+    stored = StoredValues(
+        onnx.TensorProto(data_type=TensorProto.INT8, dims=[array.nbytes]), array.reshape(-1).view(np.uint8)
+    )
+    release_weights(gs.Graph([gs.Node("Relu", inputs=[gs.Constant("w", stored)])]))
+    assert resident(array) < 0.05 * values.nbytes
+    release(values)  # in memory: nothing happens
+    np.testing.assert_array_equal(array, values)
 
 
 def constant_node(**attrs: Any) -> gs.Tensor:
