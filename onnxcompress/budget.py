@@ -40,8 +40,10 @@ from onnxcompress.session import MAPPED_FROM, Session
 from onnxcompress.shapes import graph_stats, infer_shapes, node_macs
 from onnxcompress.stages import open_stages
 
-__all__ = ["SEARCH_SHARE", "BudgetedRun", "run_within_budget"]
+__all__ = ["HOPELESS", "SEARCH_SHARE", "BudgetedRun", "run_within_budget"]
 
+#: why a budget is missed that no choice of layers keeps
+HOPELESS = "the model that was quantised misses it in floats already"
 #: share of the calibration samples that is held out for the search, and the most samples of it
 SEARCH_SHARE = 0.25
 _MOST_HELD_OUT = 512
@@ -168,7 +170,7 @@ class _Runner:
         """True where all layers in float would miss the budget as well: pruning, say, is not undone by that."""
         if outcome.variants is None or self._others(outcome) or self._static_suffices(outcome, look, self._goals):
             return False
-        outcome.missed = "the model that was quantised misses it in floats already"
+        outcome.missed = HOPELESS
         return True
 
     def _pass(self, recipe: Recipe) -> BudgetedRun:
@@ -229,6 +231,9 @@ class _Runner:
         judging = self._gauge(data, max(_JUDGED[0], min(_JUDGED[1], int(_JUDGED_MACS / cost))))
         before = judging.read(self._runner(outcome))
         if self._met(before):
+            return outcome
+        if self._is_hopeless(outcome, judging):
+            self._context.warn(f"on {judging.samples} samples held out for the search, {outcome.missed}")
             return outcome
         self._recipe = self._decided(outcome)
         others = self._others(outcome)

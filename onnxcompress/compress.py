@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from onnxcompress.atomic import staging_folder
 from onnxcompress.base import Context, Guarantee, PassReport, PassResult, Progress, SilentProgress
 from onnxcompress.benchmark import BenchmarkResult, benchmark, trace_model
-from onnxcompress.budget import BudgetedRun, run_within_budget
+from onnxcompress.budget import HOPELESS, BudgetedRun, run_within_budget
 from onnxcompress.data import Dataset, open_data, synthetic_data
 from onnxcompress.destination import checked_destination
 from onnxcompress.errors import AccuracyError, DataError, ModelError, OnnxCompressError, UsageError
@@ -171,8 +171,8 @@ def compress(
         recipe: a named recipe, a recipe file, or a :class:`~onnxcompress.recipe.Recipe`; None: the target's own, which
             is ``fp16`` for ``cuda`` and ``int8`` for the others.
         target: what to compress for; None: the recipe's target.
-        evaluate: ``"file.py:function"`` or a callable: given a callable that runs the model, returns a number, higher
-            is better.
+        evaluate: ``"file.py:function"`` or a callable: given a callable that runs the model ({input name: array} in,
+            {output name: array} out), returns a number, of which 0.01 is a point and more is better.
         eval_data: samples to judge the result by, with labels or without; None: a held-out tenth of ``data``.
         preprocess: how images become arrays.
         batch: samples a batch; None: as the data comes.
@@ -659,9 +659,12 @@ class _Job:
         what = "agreement with the original" if budget.basis == "agreement" else budget.basis
         automatic = self.max_drop == "auto" and (self.budgeted is None or self.budgeted.search is None)
         drop = "give --max-drop to let layers return to float" if automatic else "raise --max-drop"
+        ways = f"{drop}, exclude operators"
+        if self.budgeted is not None and self.budgeted.missed == HOPELESS:
+            ways = "raise --max-drop, or have the passes ahead of it take less"
         return (
             f"{what} is {budget.found:.2f} points lower{on}, the budget is {points(budget.limit)}{told}; "
-            f"{hint}{drop}, exclude operators or --force it"
+            f"{hint}{ways} or --force it"
         )
 
     def told_by_search(self) -> str:

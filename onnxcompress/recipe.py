@@ -276,7 +276,7 @@ def option_error(error: ValidationError, cls: type[Pass]) -> tuple[_Path, str]:
     if first["type"] == "extra_forbidden" and len(path) == 1:
         text = f"unknown option{_did_you_mean(str(path[0]), tuple(cls.model_fields))}"
     else:
-        message = str(first["msg"])
+        message = str(first["msg"]).replace("a valid tuple", "a list")
         text = " ".join(f"{message[:1].lower()}{message[1:]}".split())
         if first["type"] != "missing":
             text += f", found {_short(first['input'])}"

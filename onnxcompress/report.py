@@ -615,7 +615,14 @@ def print_matrix(console: Console, result: MatrixResult) -> None:
     pairs = {c.candidate: c for c in result.comparisons if c.kind != "noise"}
     failed = [variant for variant in result.variants if variant.failure is not None]
     if len(pairs) == 1 and not failed and len(result.models) == 2 and len(result.runtimes) == 1:
+        samples = "batches as the data has them" if result.batch is None else f"batch {result.batch}"
+        names = [printable(model.name) for model in result.models]
+        _print_line(console, f"A: {names[0]}, B: {names[1]}; {samples}")
         print_benchmark(console, next(iter(pairs.values())).result)
+        for letter, variant in zip("AB", result.variants, strict=True):
+            if (start := variant.cold_start) is not None:
+                peak = "" if start.peak_bytes is None else f", peak memory {_bytes(start.peak_bytes)}"
+                _print_line(console, f"cold start of {letter}: {_seconds(start.total_s)}{peak}")
         shown = _shown_output(result.variants[1])
         if shown is not None:
             error = "equal to A's" if shown.sqnr_db == math.inf else f"SQNR {_decibel(shown.sqnr_db)} to A's"

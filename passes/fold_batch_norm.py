@@ -476,7 +476,9 @@ class _Folder:
         value = constant_value(node.inputs[2])
         label = f"the bias {node.inputs[2].name!r} of {node.op} {_label(node)}"
         if value is None:
-            raise _Refused(f"{label} is no constant")
+            maker = node.inputs[2].inputs[0] if node.inputs[2].inputs else None
+            made = maker is not None and all(constant_value(t) is not None for t in maker.inputs if t.name)
+            raise _Refused(f"{label} is no constant{'; run fold_constants first' if made else ''}")
         if node.op == "Gemm" and value.ndim == 2 and value.shape[0] != 1:
             raise _Refused(f"{label} of shape {list(value.shape)} varies by row")
         channels, flat = linear.output.channels, value.astype(np.float64).reshape(-1)

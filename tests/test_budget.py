@@ -181,3 +181,13 @@ def test_what_floats_miss_as_well_is_not_searched(run: Callable[..., CompressRes
     assert result.search is None
     assert "search" not in result.samples
     assert excluded(result.recipe) == []
+    # nor where the budget was asked for, so that samples were held out
+    scores = iter([0.9, 0.5])
+    options = {"max_drop": 0.5, "evaluate": lambda answer: next(scores)}
+    asked = run("sound", recipe=parse_recipe(pruned), check=False, **options)
+    assert isinstance(asked.failure, AccuracyError)
+    assert "in floats already; raise --max-drop, or have the passes ahead of it take less or --force" in str(
+        asked.failure
+    )
+    assert asked.search is None and asked.samples["calibration"] < 96
+    assert excluded(asked.recipe) == []

@@ -210,6 +210,13 @@ def test_two_models_alone_are_reported_as_one_comparison(run: Callable[..., Matr
 def test_workers_give_the_same_answers(run: Callable[..., MatrixResult]) -> None:
     here = run(["a", "close"], noise_floor=False)
     there = run(["a", "close"], noise_floor=False, isolate=True, cold_starts=1)
+    console = Console(file=StringIO(), width=160)
+    print_matrix(console, there)
+    assert isinstance(console.file, StringIO)
+    text = console.file.getvalue()
+    assert "A: a.onnx, B: close.onnx; batch" in text
+    assert re.search(r"cold start of A: [\d.]+ m?s, peak memory [\d.]+ .B\n", text)
+    assert "cold start of B: " in text
     assert there.isolated
     assert not here.isolated
     assert there.variants[1].against_first == here.variants[1].against_first
