@@ -490,6 +490,8 @@ class _Job:
                         "this is a bug, please report it"
                     )
                 result = replace(result, saved=saved, failure=None)
+            else:
+                result = replace(result, failure=type(result.failure)(f"{result.failure}; nothing was written"))
         return replace(result, warnings=tuple(self.warnings))
 
     def reopened(self, done: PassResult, staged: SavedModel) -> PassResult:
@@ -653,19 +655,24 @@ class _Job:
             first = next(o for o in verification.outputs if o.equal_elements is None)
             return (
                 f"output {first.name!r} kept {budget.found:.1f} dB SQNR{on}, below {budget.limit:g} dB: the result "
-                f"computes something else{told}; exclude operators, use --recipe lossless, or --force it"
+                f"computes something else{told}; {self.ways('exclude operators', 'use --recipe lossless')}"
             )
-        hint = "use --eval-data or --evaluate, " if self.evaluate is None and self.eval_source == "held-out" else ""
+        data = ["use --eval-data or --evaluate"] if self.evaluate is None and self.eval_source == "held-out" else []
         what = "agreement with the original" if budget.basis == "agreement" else budget.basis
         automatic = self.max_drop == "auto" and (self.budgeted is None or self.budgeted.search is None)
         drop = "give --max-drop to let layers return to float" if automatic else "raise --max-drop"
-        ways = f"{drop}, exclude operators"
+        layers = [drop, "exclude operators"]
         if self.budgeted is not None and self.budgeted.missed == HOPELESS:
-            ways = "raise --max-drop, or have the passes ahead of it take less"
+            layers = ["raise --max-drop", "have the passes ahead of it take less"]
         return (
             f"{what} is {budget.found:.2f} points lower{on}, the budget is {points(budget.limit)}{told}; "
-            f"{hint}{ways} or --force it"
+            f"{self.ways(*data, *layers)}"
         )
+
+    def ways(self, *known: str) -> str:
+        """What can be done about a missed budget, as one phrase."""
+        ways = known if self.force else (*known, "--force it")
+        return f"{', '.join(ways[:-1])} or {ways[-1]}"
 
     def told_by_search(self) -> str:
         """What the search of layers adds to the message of a missed budget."""
