@@ -15,7 +15,8 @@ for Efficient Integer-Arithmetic-Only Inference", CVPR 2018.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -147,7 +148,7 @@ class InsertQdq(Pass):
                 ranges |= self._calibrate(copy_graph(graph), placement, missing, context)
                 changes = _write(prepared, placement, ranges, self.weight_range)
                 proof = audit(prepared, target, placement)
-            yield Detail("audit", proof.to_dict())
+            yield Detail("audit", _with_inserted(proof, inserted).to_dict())
             _warn_about(proof, context)
         context.reference = copy_graph(graph)
         context.variants = self._variants(context.reference, placement, ranges, (*inserted, *stripped))
@@ -364,6 +365,13 @@ class InsertQdq(Pass):
             return spread({name: watching.range() for name, watching in observers.items()})
         yield Detail("range_search", found.to_dict())
         return spread({name: at_rung(watching, found.clipping[name]) for name, watching in observers.items()})
+
+
+def _with_inserted(proof: FusionAudit, inserted: Collection[str]) -> FusionAudit:
+    """``proof`` with the reason of what this pass inserted itself, which nobody excluded."""
+    reason = "it puts the input onto the levels of its pixels"
+    floats = (replace(found, reason=reason) if found.node in inserted else found for found in proof.floats)
+    return replace(proof, floats=tuple(floats))
 
 
 def _sources(placement: Placement) -> list[str]:

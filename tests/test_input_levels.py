@@ -186,6 +186,8 @@ def test_pixels_between_two_levels_keep_the_addition() -> None:
     values = normalised(pixels(), 0.5, 0.5)
     result = InsertQdq()(graph, Context(data=dataset(graph, values)))
     assert [node.op for node in result.graph.nodes if node.op in ("Pad", "Mul", "Add")] == ["Add", "Pad"]
+    reasons = {found["operator"]: found["reason"] for found in result.report.details["audit"]["floats"]}
+    assert reasons["Add"] == "it puts the input onto the levels of its pixels"
     places = dequantised_input(result.graph, values)[:, :3] * 127.5 - pixels()
     np.testing.assert_allclose(places, places.flat[0], atol=1e-2)
 
