@@ -297,7 +297,8 @@ class Pass(BaseModel, ABC):
                     kept.setdefault(item.tensor, {})[item.axis] = item.kept
         sort_nodes(after)
         self.ensures(graph, after, context)
-        if graph_stats(after).weight_bytes >= SPILLED_FROM:
+        stats = graph_stats(after)
+        if stats.weight_bytes >= SPILLED_FROM:
             gc.collect()  # graphs are cycles, and what a pass tried or replaced may be as large as the model
         spill_weights(after)
         release_weights(after)
@@ -309,7 +310,7 @@ class Pass(BaseModel, ABC):
             refusals=tuple(refusals),
             decisions=decisions,
             before=graph_stats(graph),
-            after=graph_stats(after),
+            after=stats,
             seconds=time.perf_counter() - start,
             warnings=tuple(context.warnings[warned:]),
             details=details,

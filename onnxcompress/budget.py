@@ -36,8 +36,8 @@ from onnxcompress.quantization.sensitivity import affordable_samples, weighing_u
 from onnxcompress.quantization.simulation import Simulation
 from onnxcompress.quantization.variants import Variants
 from onnxcompress.recipe import Recipe
-from onnxcompress.session import MAPPED_FROM, Session
-from onnxcompress.shapes import graph_stats, infer_shapes, node_macs
+from onnxcompress.session import Session, is_large
+from onnxcompress.shapes import infer_shapes, node_macs
 from onnxcompress.stages import open_stages
 
 __all__ = ["HOPELESS", "SEARCH_SHARE", "BudgetedRun", "run_within_budget"]
@@ -205,7 +205,7 @@ class _Runner:
         original = self._original
         if original is None:
             original = Session(self._graph, threads=self._context.threads)
-            if graph_stats(self._graph).weight_bytes <= MAPPED_FROM:  # a large one is not held beside its variants
+            if not is_large(self._graph):  # which is not held beside its variants
                 self._original = original
         if samples < data.samples:
             with suppress(DataError):  # too few batches to choose from: the first ones, then
@@ -232,19 +232,19 @@ class _Runner:
         before = judging.read(self._runner(outcome))
         if self._met(before):
             return outcome
-        if self._is_hopeless(outcome, judging):
-            self._context.warn(f"on {judging.samples} samples held out for the search, {outcome.missed}")
-            return outcome
+        hopeless = self._is_hopeless(outcome, judging)
         self._recipe = self._decided(outcome)
         others = self._others(outcome)
         aims = [goal.tightened() for goal in self._goals]
-        if outcome.variants is not None and (not others or self._static_suffices(outcome, judging, aims)):
+        if hopeless:
+            best = outcome
+        elif outcome.variants is not None and (not others or self._static_suffices(outcome, judging, aims)):
             best = self._simulated(outcome, before, judging, aims, cost)
         elif others:
             best = self._rerun(outcome, before, judging, aims, macs)
         else:
             best = outcome
-        if best is outcome:
+        if best is outcome and not hopeless:
             outcome.missed = f"no layer that returns to float brings it closer: {describe(self._goals, before)}"
         if best.missed is not None:
             self._context.warn(f"on {judging.samples} samples held out for the search, {best.missed}")

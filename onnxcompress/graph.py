@@ -39,8 +39,10 @@ __all__ = [
     "StoredValues",
     "attribute",
     "change_constant",
+    "change_own_constant",
     "constant_value",
     "copy_graph",
+    "default_values",
     "element_type",
     "extra",
     "first_output",
@@ -197,6 +199,12 @@ def model_info(graph: Graph) -> ModelInfo:
     if info is None:
         info = graph.__dict__["onnxcompress_info"] = ModelInfo()
     return info  # type: ignore[no-any-return]
+
+
+def default_values(graph: Graph) -> dict[str, NDArray[Any]]:
+    """What inputs hold that need not be fed, by name, where it can be computed with."""
+    values = {name: constant_value(constant) for name, constant in model_info(graph).defaults.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def part_info(whole: Graph) -> ModelInfo:
@@ -406,6 +414,18 @@ def change_constant(tensor: gs.Tensor, value: NDArray[Any]) -> None:
     else:
         tensor.inputs[0].attrs = {"value": gs.Constant(tensor.name, _frozen(values))}
         tensor.shape = list(values.shape)
+
+
+def change_own_constant(node: gs.Node, index: int, value: NDArray[Any], names: Names) -> None:
+    """Give constant input ``index``, which ``node`` alone reads, new values.
+
+    An initializer changes in place: a new one would leave its old values to the garbage collector.
+    """
+    old = node.inputs[index]
+    if isinstance(old, gs.Constant):
+        change_constant(old, value)
+    else:
+        set_constant(node, index, names.free(f"{old.name}_scaled"), value)
 
 
 class Names:

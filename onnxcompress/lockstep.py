@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from onnxcompress.errors import DataError, ModelError
 from onnxcompress.graph import (
     Graph,
-    constant_value,
-    model_info,
+    default_values,
     nested_graphs,
     part_info,
     sort_nodes,
@@ -34,8 +33,7 @@ from onnxcompress.graph import (
     walk_nodes,
 )
 from onnxcompress.recorded import NotRecordableError, Recorded
-from onnxcompress.session import MAPPED_FROM, Optimization, Session
-from onnxcompress.shapes import graph_stats
+from onnxcompress.session import Optimization, Session, is_large
 from onnxcompress.verify import compare
 
 if TYPE_CHECKING:
@@ -168,12 +166,12 @@ class Advance:
         self._threads = threads
         self._next = 0
         self._done: set[int] = set()
-        defaults = {name: constant_value(c) for name, c in model_info(graph).defaults.items()}
+        defaults = default_values(graph)
         self._states: list[dict[str, Array]] = []
         inputs = [t.name for t in graph.inputs]
         for given in feeds:
-            state = {name: given.get(name, defaults.get(name)) for name in inputs}
-            self._states.append({name: value for name, value in state.items() if value is not None})
+            known = {**defaults, **given}
+            self._states.append({name: known[name] for name in inputs if known.get(name) is not None})
         self._stored = {name for state in self._states for name in state}
         self._producers: dict[str, gs.Node] = {}
 
@@ -313,7 +311,7 @@ class Judge:
         self._threads = threads
         self._recorded: Recorded | None = None
         self._teacher: Session | None = Session(teacher, optimization="disabled", threads=threads)
-        if graph_stats(teacher).weight_bytes > MAPPED_FROM:
+        if is_large(teacher):
             with suppress(NotRecordableError):
                 self._recorded = Recorded(self._teacher.run, data)
                 self._teacher = None  # a large model is not held in memory beside its student

@@ -19,7 +19,15 @@ from onnxcompress.io import PROTOBUF_LIMIT, copy_linked, serialize, write_files
 from onnxcompress.proto import from_proto
 from onnxcompress.shapes import graph_stats
 
-__all__ = ["CUSTOM_OPERATORS_VARIABLE", "BoundBuffers", "Feeds", "Optimization", "Session", "import_onnxruntime"]
+__all__ = [
+    "CUSTOM_OPERATORS_VARIABLE",
+    "BoundBuffers",
+    "Feeds",
+    "Optimization",
+    "Session",
+    "import_onnxruntime",
+    "is_large",
+]
 
 Feeds = Mapping[str, NDArray[Any]]
 Optimization = Literal["disabled", "basic", "extended", "all"]
@@ -274,6 +282,11 @@ def _run_options(ort: Any, graph_id: int | None) -> Any:
     return options
 
 
+def is_large(graph: Graph) -> bool:
+    """True where ``graph`` goes to the runtime as files, and is not held in memory beside others."""
+    return graph_stats(graph).weight_bytes > MAPPED_FROM
+
+
 def _serialised(model: Graph | onnx.ModelProto | bytes | str | os.PathLike[str]) -> bytes | str | Graph:
     """What the runtime opens; a graph where the model is too large for one protobuf message."""
     if isinstance(model, bytes):
@@ -283,7 +296,7 @@ def _serialised(model: Graph | onnx.ModelProto | bytes | str | os.PathLike[str])
             return model.SerializeToString()
         model = from_proto(model)
     if isinstance(model, gs.Graph):
-        serialised = serialize(model) if graph_stats(model).weight_bytes <= MAPPED_FROM else None
+        serialised = None if is_large(model) else serialize(model)
         return model if serialised is None else serialised
     return os.fspath(Path(model))
 

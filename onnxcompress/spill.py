@@ -39,7 +39,8 @@ def spill_weights(graph: Graph) -> int:
         if isinstance(values, np.ndarray) and _movable(values):
             held.setdefault(id(values), []).append(constant)
     arrays = [constants[0]._values for constants in held.values()]
-    if sum(array.nbytes for array in arrays) < SPILLED_FROM:
+    size = sum(int(array.nbytes) for array in arrays)
+    if size < SPILLED_FROM:
         return 0
     try:
         mapped, places = _written(arrays)
@@ -49,7 +50,7 @@ def spill_weights(graph: Graph) -> int:
         moved = np.frombuffer(mapped, array.dtype, array.size, offset).reshape(array.shape)
         for constant in constants:
             constant._values = moved
-    return sum(array.nbytes for array in arrays)
+    return size
 
 
 def _movable(values: NDArray[Any]) -> bool:

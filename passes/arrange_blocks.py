@@ -172,12 +172,11 @@ def _merge_projections(graph: Graph) -> list[Change]:
         biases = [found for found in adds if found is not None]
         with_bias = len(biases) == len(nodes)
         ends = [add for add, _ in biases] if with_bias else nodes
-        weights = [constant_value(node.inputs[1]) for node in nodes]
+        weights = [w for node in nodes if (w := constant_value(node.inputs[1])) is not None]
         first, source = nodes[0], nodes[0].inputs[0]
-        joined = np.concatenate([w for w in weights if w is not None], axis=1)
-        for read in weights:
-            if read is not None:
-                release(read)
+        joined = np.concatenate(weights, axis=1)
+        for weight in weights:
+            release(weight)
         product = gs.Variable(names.free(f"{first.outputs[0].name}_merged"), np.dtype(np.float32))
         weight_name = names.free(f"{first.inputs[1].name}_merged")
         made = gs.Node(
@@ -191,7 +190,7 @@ def _merge_projections(graph: Graph) -> list[Change]:
             graph.nodes.append(gs.Node("Add", names.free(f"{ends[0].name}_merged"), {}, [product, constant], [added]))
             product = added
         results = [end.outputs[0] for end in ends]
-        sizes = np.array([w.shape[1] for w in weights if w is not None], np.int64)
+        sizes = np.array([w.shape[1] for w in weights], np.int64)
         parts = gs.Constant(names.free(f"{first.name}_sizes"), sizes)
         for node in (*nodes, *(add for add, _ in biases if with_bias)):
             node.outputs = []

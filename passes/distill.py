@@ -310,27 +310,25 @@ class _Lesson:
             for constant, values in untouched:  # half precision may lose what was won
                 constant._values = values
             changed, end = [], start
-        decisions = [Decision("steps", settings.steps)]
+        told: list[Change | Refusal | Decision | Detail] = [Decision("steps", settings.steps)]
         if outcome.steps < settings.steps and not outcome.diverged:
-            decisions.append(Decision("stop_after", outcome.steps))
-        decisions += [
+            told.append(Decision("stop_after", outcome.steps))
+        told += [
             Decision("optimizer", settings.optimizer),
             Decision("learning_rate", settings.learning_rate),
             Decision("augment", list(settings.changes) or ["none"]),
+            Detail("distillation", self._told(outcome, start, end, settings.changes)),
         ]
-        told = Detail("distillation", self._told(outcome, start, end, settings.changes))
-        if not changed:
-            return [
-                *decisions,
-                told,
-                Refusal("", "not distilled: no state does better than the start on held-out samples"),
-            ]
-        change = (
-            f"{len(changed)} weights, {outcome.steps} steps; on {self._samples} held-out samples "
-            f"agreement {100 * start.agreement:.2f} -> {100 * end.agreement:.2f} %, "
-            f"SQNR {start.sqnr_db:.2f} -> {end.sqnr_db:.2f} dB"
-        )
-        return [*decisions, told, Change("distilled", "", change)]
+        if changed:
+            text = (
+                f"{len(changed)} weights, {outcome.steps} steps; on {self._samples} held-out samples "
+                f"agreement {100 * start.agreement:.2f} -> {100 * end.agreement:.2f} %, "
+                f"SQNR {start.sqnr_db:.2f} -> {end.sqnr_db:.2f} dB"
+            )
+            told.append(Change("distilled", "", text))
+        else:
+            told.append(Refusal("", "not distilled: no state does better than the start on held-out samples"))
+        return told
 
     def leave(self) -> None:
         """Part from the processes that shared the work."""

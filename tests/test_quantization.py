@@ -86,6 +86,18 @@ def test_degenerate_ranges_give_a_usable_scale(value: float) -> None:
     assert np.isfinite(fake_quantize(np.array([value], np.float32), params)).all()
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_large_tables_are_quantised_in_parts(
+    axis: int, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    weight = rng.standard_normal((7, 5)).astype(np.float32)
+    params = weight_qparams(weight, INT8, axis)
+    whole = quantize(weight, params)
+    for elements in (1, 12, 35):
+        monkeypatch.setattr("onnxcompress.quantization.affine._AT_ONCE", elements)
+        np.testing.assert_array_equal(quantize(weight, params), whole)
+
+
 def test_weights_are_symmetric_and_leave_minus_128_out(rng: np.random.Generator) -> None:
     weight = rng.normal(size=(6, 4, 3, 3)).astype(np.float32)
     params = weight_qparams(weight, INT8, axis=0)

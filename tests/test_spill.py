@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,7 @@ def all_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest model is as large as models come."""
     monkeypatch.setattr("onnxcompress.spill.SPILLED_FROM", 1)
     monkeypatch.setattr("onnxcompress.spill._LEAST", 1)
-    monkeypatch.setattr("onnxcompress.lockstep.MAPPED_FROM", 0)
-    monkeypatch.setattr(import_module("onnxcompress.benchmark.pairs"), "MAPPED_FROM", 0)
+    monkeypatch.setattr("onnxcompress.session.MAPPED_FROM", 0)
 
 
 def graph_of(*arrays: NDArray[Any]) -> Graph:
@@ -122,7 +120,7 @@ def test_a_large_teacher_is_not_held_beside_its_student(all_is_large: None, monk
     with Judge(graph, data, 1) as large:
         assert large._teacher is None
         found = [large.error(student), large.error(graph), large.sample_errors(student, LEVELS).relative]
-    monkeypatch.setattr("onnxcompress.lockstep.MAPPED_FROM", 1 << 28)
+    monkeypatch.setattr("onnxcompress.session.MAPPED_FROM", 1 << 28)
     with Judge(graph, data, 1) as small:
         assert small._teacher is not None
         wanted = [small.error(student), small.error(graph), small.sample_errors(student, LEVELS).relative]

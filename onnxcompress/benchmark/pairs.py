@@ -40,8 +40,7 @@ from onnxcompress.environment import describe_environment
 from onnxcompress.errors import DataError, UsageError
 from onnxcompress.graph import Graph
 from onnxcompress.runtimes import get_runtime
-from onnxcompress.session import MAPPED_FROM, Feeds, Session
-from onnxcompress.shapes import graph_stats
+from onnxcompress.session import Feeds, Session, is_large
 from onnxcompress.statistics import (
     FEWEST_SESSIONS,
     Verdict,
@@ -172,10 +171,10 @@ def benchmark(
     environment = describe_environment()
     runtime = get_runtime(f"onnxruntime:{provider}")
     with tempfile.TemporaryDirectory(prefix="onnxcompress-", ignore_cleanup_errors=True) as folder:
-        models = {"reference": reference, "candidate": candidate}
-        large = any(isinstance(m, gs.Graph) and graph_stats(m).weight_bytes > MAPPED_FROM for m in models.values())
-        folders = {name: Path(folder) / name if large else None for name in models}
-        sizes, sources = zip(*(measured(model, folders[name]) for name, model in models.items()), strict=True)
+        models = (reference, candidate)
+        large = any(isinstance(model, gs.Graph) and is_large(model) for model in models)
+        folders = [Path(folder) / name if large else None for name in ("reference", "candidate")]
+        sizes, sources = zip(*map(measured, models, folders), strict=True)
         feeds = paired_feeds(sources, data, batch)
         subjects = [
             Subject(LocalRunner(runtime, source, threads), size) for source, size in zip(sources, sizes, strict=True)

@@ -21,7 +21,7 @@ from onnxcompress.errors import ModelError
 from onnxcompress.executor.network import Network
 from onnxcompress.executor.plan import build_kernel, needed_nodes
 from onnxcompress.executor.spec import Numbers, Unsupported, as_tensor
-from onnxcompress.graph import Graph, constant_value, first_output, model_info
+from onnxcompress.graph import Graph, constant_value, default_values, first_output
 from onnxcompress.io import PROTOBUF_LIMIT
 from onnxcompress.proto import to_proto
 from onnxcompress.session import Optimization, Session
@@ -126,9 +126,8 @@ def _argument(array: NDArray[Any] | None, number: bool) -> Any:
 
 def _all_tensors(graph: Graph, names: Sequence[str], feeds: Arrays, threads: int) -> dict[str, NDArray[Any]]:
     """Every named tensor as onnxruntime computes it for ``feeds``, and what inputs hold that need not be fed."""
-    defaults = {name: constant_value(constant) for name, constant in model_info(graph).defaults.items()}
-    known = {name: value for name, value in defaults.items() if value is not None}
-    return {**known, **dict(feeds), **open_session(graph, names, optimization="disabled", threads=threads).run(feeds)}
+    found = open_session(graph, names, optimization="disabled", threads=threads).run(feeds)
+    return {**default_values(graph), **feeds, **found}
 
 
 def open_session(graph: Graph, names: Sequence[str], *, optimization: Optimization, threads: int = 0) -> Session:

@@ -22,7 +22,7 @@ from onnxcompress.executor.operators_quantize import MasterWeight
 from onnxcompress.executor.plan import Plan, needed_nodes
 from onnxcompress.executor.spec import Kernel, Spec, Unsupported, as_tensor
 from onnxcompress.executor.table import OPERATORS
-from onnxcompress.graph import Graph, constant_value, model_info, normal_domain
+from onnxcompress.graph import Graph, constant_value, default_values, normal_domain
 
 __all__ = ["Network", "Trained", "pick_device"]
 
@@ -93,11 +93,7 @@ class Network(torch.nn.Module):  # type: ignore[misc] # torch is optional
         if trainable:
             self._collect(nodes, graph.opset, masters)
         self.plan = Plan(graph, wanted, {id(t.constant): t.parameter for t in self.trained}, masters, self.device)
-        self._defaults = {
-            name: value
-            for name, constant in model_info(graph).defaults.items()
-            if (value := constant_value(constant)) is not None
-        }
+        self._defaults = default_values(graph)
 
     # -- parameters -------------------------------------------------------------------------------------------------
 

@@ -217,14 +217,21 @@ def _best_shares(
     return shares
 
 
+def _parts(values: NDArray[Any]) -> list[Any]:
+    """Indices of parts of ``values`` that have :data:`_AT_ONCE` elements or, as single rows, more."""
+    if not values.ndim:
+        return [()]
+    rows = max(1, _AT_ONCE * len(values) // max(values.size, 1))
+    return [slice(start, start + rows) for start in range(0, len(values), rows)]
+
+
 def quantize(values: NDArray[Any], params: QParams) -> NDArray[Any]:
     """QuantizeLinear in numpy: float in, the integer type of ``params.zero_point`` out."""
     info = np.iinfo(params.zero_point.dtype)
     scale = np.broadcast_to(params._along(params.scale, values.ndim), values.shape)
     zero_point = np.broadcast_to(params._along(params.zero_point, values.ndim).astype(np.int64), values.shape)
     integers = np.empty(values.shape, params.zero_point.dtype)
-    rows = max(1, _AT_ONCE * len(values) // max(values.size, 1)) if values.ndim else 1
-    for part in (slice(i, i + rows) for i in range(0, len(values), rows)) if values.ndim else ((),):
+    for part in _parts(values):
         scaled = np.rint(np.asarray(values[part]).astype(np.float32) / scale[part])
         integers[part] = np.clip(scaled.astype(np.float64) + zero_point[part], info.min, info.max)
     return integers

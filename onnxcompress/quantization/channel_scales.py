@@ -23,11 +23,10 @@ from onnxcompress.graph import (
     Graph,
     Names,
     attribute,
-    change_constant,
+    change_own_constant,
     constant_value,
     normal_domain,
     release,
-    set_constant,
     walk_graphs,
 )
 from onnxcompress.shapes import TensorType
@@ -184,11 +183,7 @@ class ChannelScales:
         return value
 
     def _replace(self, node: gs.Node, index: int, value: NDArray[Any]) -> None:
-        old = node.inputs[index]
-        if isinstance(old, gs.Constant):  # in place: a new one would leave the old values to the garbage collector
-            change_constant(old, value.astype(np.float32))
-        else:
-            set_constant(node, index, self._names.free(f"{old.name}_scaled"), value.astype(np.float32))
+        change_own_constant(node, index, value.astype(np.float32), self._names)
 
     # ---- rules: True where the node's inputs need no pin
 
@@ -202,18 +197,13 @@ class ChannelScales:
             per_group = weight.shape[in_axis]
             if labels.size != per_group * group:
                 return False
-            outs = weight.shape[out_axis]
-            self.readers.append(Reader(node, labels, out_axis, in_axis, group))
+            reader = Reader(node, labels, out_axis, in_axis, group)
+            self.readers.append(reader)
+            shape = np.moveaxis(weight, (out_axis, in_axis), (0, 1)).shape
 
             def multiply(scales: Scales) -> None:
-                current = constant_value(node.inputs[1])
-                assert current is not None
-                parts = np.moveaxis(current, (out_axis, in_axis), (0, 1)).astype(np.float64)
-                release(current)
-                shape = parts.shape
-                split = parts.reshape(group, outs // group, *shape[1:])
-                factor = scales.reshape(group, 1, per_group, *([1] * (len(shape) - 2)))
-                self._replace(node, 1, np.moveaxis((split * factor).reshape(shape), (0, 1), (out_axis, in_axis)))
+                scaled = reader.weight() * scales.reshape(group, 1, per_group, 1)
+                self._replace(node, 1, np.moveaxis(scaled.reshape(shape), (0, 1), (out_axis, in_axis)))
 
             self._absorbers.append(_Absorber(node, labels, multiply))
         bias = self._weight(node, bias_index) if bias_index is not None else None

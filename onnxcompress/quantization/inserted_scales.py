@@ -31,11 +31,10 @@ from onnxcompress.graph import (
     Graph,
     Names,
     attribute,
-    change_constant,
+    change_own_constant,
     constant_value,
     normal_domain,
     release,
-    set_constant,
 )
 from onnxcompress.quantization.channel_statistics import ChannelStatistics
 from onnxcompress.quantization.placement import place
@@ -123,11 +122,7 @@ def insert_scales(
             node.inputs[0] = even
             scaled = weight * scale[:, None]
             stored = scaled.T if node.op == "Gemm" and attribute(node, "transB", 0) else scaled
-            stored = np.ascontiguousarray(stored, dtype=np.float32)
-            if isinstance(node.inputs[1], gs.Constant):
-                change_constant(node.inputs[1], stored)
-            else:
-                set_constant(node, 1, names.free(f"{node.inputs[1].name}_scaled"), stored)
+            change_own_constant(node, 1, np.ascontiguousarray(stored, dtype=np.float32), names)
         yield made, gain
 
 

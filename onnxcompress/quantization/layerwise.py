@@ -471,20 +471,16 @@ def keep_best(
         A graph (``start`` itself where nothing is kept), how many changes it holds, and the relative squared error of
         the outputs on ``data`` before and after.
     """
-    with Judge(teacher, data, threads) as judge:
-        return _best(judge, start, teacher, changes)
-
-
-def _best(judge: Judge, start: Graph, teacher: Graph, changes: Sequence[Mended]) -> tuple[Graph, int, float, float]:
     # With the integer kernels that will serve it, and as it is written: two draws of the same chance.
     levels: tuple[Optimization, ...] = ("extended", "disabled")
-    before = judge.sample_errors(start, levels)
-    for count in sorted({len(changes) * share // 4 for share in (1, 2, 3, 4)} - {0}, reverse=True):
-        candidate = copy_graph(start)
-        mend(candidate, teacher, changes[:count])
-        after = judge.sample_errors(candidate, levels)
-        if _no_worse(before, after):
-            return candidate, count, before.relative, after.relative
+    with Judge(teacher, data, threads) as judge:
+        before = judge.sample_errors(start, levels)
+        for count in sorted({len(changes) * share // 4 for share in (1, 2, 3, 4)} - {0}, reverse=True):
+            candidate = copy_graph(start)
+            mend(candidate, teacher, changes[:count])
+            after = judge.sample_errors(candidate, levels)
+            if _no_worse(before, after):
+                return candidate, count, before.relative, after.relative
     return start, 0, before.relative, before.relative
 
 
