@@ -18,6 +18,7 @@ import importlib.abc
 import importlib.util
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -30,6 +31,9 @@ from typing import Any
 __all__ = ["Mutant", "main", "mutants"]
 
 SECONDS = 90
+"""A mutant that takes longer has been noticed."""
+MEMORY = 4 << 30
+"""So has one whose data need more bytes: an endless loop that collects would otherwise end the machine first."""
 
 _COMPARE = {
     ast.Eq: ast.NotEq,
@@ -171,7 +175,10 @@ def _child(name: str, path: str, tree: ast.Module, mutant: Mutant | None, tests:
     """Run the tests on the changed module, then end the process: status 0 where all pass."""
     import pytest
 
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(null, descriptor)

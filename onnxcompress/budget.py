@@ -40,10 +40,8 @@ from onnxcompress.session import Session, is_large
 from onnxcompress.shapes import infer_shapes, node_macs
 from onnxcompress.stages import open_stages
 
-__all__ = ["HOPELESS", "SEARCH_SHARE", "BudgetedRun", "run_within_budget"]
+__all__ = ["SEARCH_SHARE", "BudgetedRun", "run_within_budget"]
 
-#: why a budget is missed that no choice of layers keeps
-HOPELESS = "the model that was quantised misses it in floats already"
 #: share of the calibration samples that is held out for the search, and the most samples of it
 SEARCH_SHARE = 0.25
 _MOST_HELD_OUT = 512
@@ -70,6 +68,7 @@ class BudgetedRun:
         islands: what was timed.
         variants: of the last run; None where the recipe has no static quantiser.
         missed: why the budget was not met on the samples of the search; None where it was.
+        misses_in_float: True where no choice of layers keeps it: what came before quantisation costs too much.
     """
 
     result: PassResult
@@ -79,6 +78,7 @@ class BudgetedRun:
     islands: TimedIslands = field(default_factory=TimedIslands)
     variants: Variants | None = None
     missed: str | None = None
+    misses_in_float: bool = False
 
     @property
     def returned(self) -> dict[str, str]:
@@ -170,7 +170,7 @@ class _Runner:
         """True where all layers in float would miss the budget as well: pruning, say, is not undone by that."""
         if outcome.variants is None or self._others(outcome) or self._static_suffices(outcome, look, self._goals):
             return False
-        outcome.missed = HOPELESS
+        outcome.missed, outcome.misses_in_float = "the model that was quantised misses it in floats already", True
         return True
 
     def _pass(self, recipe: Recipe) -> BudgetedRun:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from onnxcompress.atomic import staging_folder
 from onnxcompress.base import Context, Guarantee, PassReport, PassResult, Progress, SilentProgress
 from onnxcompress.benchmark import BenchmarkResult, benchmark, trace_model
-from onnxcompress.budget import HOPELESS, BudgetedRun, run_within_budget
+from onnxcompress.budget import BudgetedRun, run_within_budget
 from onnxcompress.data import Dataset, open_data, synthetic_data
 from onnxcompress.destination import checked_destination
 from onnxcompress.errors import AccuracyError, DataError, ModelError, OnnxCompressError, UsageError
@@ -662,7 +662,7 @@ class _Job:
         automatic = self.max_drop == "auto" and (self.budgeted is None or self.budgeted.search is None)
         drop = "give --max-drop to let layers return to float" if automatic else "raise --max-drop"
         layers = [drop, "exclude operators"]
-        if self.budgeted is not None and self.budgeted.missed == HOPELESS:
+        if self.budgeted is not None and self.budgeted.misses_in_float:
             layers = ["raise --max-drop", "have the passes ahead of it take less"]
         return (
             f"{what} is {budget.found:.2f} points lower{on}, the budget is {points(budget.limit)}{told}; "

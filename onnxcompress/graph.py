@@ -496,7 +496,7 @@ def sort_nodes(graph: Graph) -> None:
     """
     nodes = [n for n in graph.nodes if n.inputs or n.outputs]
     position = {id(node): i for i, node in enumerate(nodes)}
-    waiting = [0] * len(nodes)
+    waiting: list[int] = []
     followers: list[list[int]] = [[] for _ in nodes]
     for i, node in enumerate(nodes):
         read = [t for t in node.inputs if t.name]
@@ -504,12 +504,10 @@ def sort_nodes(graph: Graph) -> None:
             read.extend(t for inner in walk_nodes(value) for t in inner.inputs)
             read.extend(t for part in walk_graphs(value) for t in part.outputs)
         producers = {position[id(p)] for t in read for p in t.inputs if id(p) in position}
-        producers.discard(i)
-        waiting[i] = len(producers)
+        waiting.append(len(producers))
         for p in producers:
             followers[p].append(i)
-    ready = [i for i, count in enumerate(waiting) if count == 0]
-    heapq.heapify(ready)
+    ready = [i for i, count in enumerate(waiting) if count == 0]  # in order, so a heap
     order: list[int] = []
     while ready:
         i = heapq.heappop(ready)
@@ -539,11 +537,7 @@ def _copy_graph(graph: Graph, mapping: dict[int, gs.Tensor]) -> Graph:
             twin = mapping[id(tensor)] = _copy_tensor(tensor)
         return twin
 
-    # Inputs first, then producers: a nested graph may read a tensor whose producer comes later in the list.
     inputs = [mapped(t) for t in graph.inputs]
-    for node in graph.nodes:
-        for tensor in (*node.outputs, *node.inputs):
-            mapped(tensor)
     nodes = []
     for node in graph.nodes:
         copied = gs.Node(

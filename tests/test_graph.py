@@ -24,8 +24,10 @@ from onnxcompress.graph import (
     StoredValues,
     attribute,
     change_constant,
+    change_own_constant,
     constant_value,
     copy_graph,
+    default_values,
     element_type,
     extra,
     first_output,
@@ -230,11 +232,16 @@ def test_contents_are_replaced() -> None:
     replace_contents(graph, other)
     graph.name, graph.producer_name = other.name, other.producer_name
     assert exported(graph) == expected
+    assert model_info(graph) is model_info(other)
     bare = chain("Add")
+    bare.import_domains = [helper.make_opsetid("", 17)]
     kept = model_info(graph)
     replace_contents(graph, bare)
     assert model_info(graph) is kept
-    assert graph.nodes is bare.nodes and graph.opset == 17
+    assert graph.nodes is bare.nodes
+    for end in ("inputs", "outputs"):
+        assert [id(t) for t in getattr(graph, end)] == [id(t) for t in getattr(bare, end)]
+    assert (graph.opset, graph.ir_version) == (17, 8) and graph.import_domains is bare.import_domains
 
 
 # -- walking -----------------------------------------------------------------------------------------------------------
@@ -301,6 +308,17 @@ def test_inputs_as_they_can_be_fed() -> None:
     sequence.type = "sequence_type"
     with pytest.raises(ModelError, match="'s' is a sequence; only tensors"):
         input_specs(gs.Graph(inputs=[sequence]))
+
+
+def test_default_values_of_inputs() -> None:
+    graph = loaded("overridable_initializer")
+    optional = {spec.name for spec in input_specs(graph) if spec.optional}
+    values = default_values(graph)
+    assert set(values) == optional and all(isinstance(value, np.ndarray) for value in values.values())
+    info = model_info(graph)
+    name = next(iter(info.defaults))
+    info.defaults[name] = gs.Constant(name, np.array(["text"], object))
+    assert set(default_values(graph)) == optional - {name}
 
 
 # -- constants ---------------------------------------------------------------------------------------------------------
@@ -487,6 +505,21 @@ def test_constants_are_set_and_changed() -> None:
     assert list(tensor.inputs[0].attrs) == ["value"] and tensor.shape == [3, 1]
 
 
+def test_a_constant_of_ones_own_changes_in_place() -> None:
+    graph = chain("Add", "Relu")
+    node, names = graph.nodes[0], Names(graph)
+    old = node.inputs[1]
+    change_own_constant(node, 1, np.zeros(3, np.float32), names)
+    assert node.inputs[1] is old and old.values.tolist() == [0.0, 0.0, 0.0]
+    made = constant_node(value_float=1.0)
+    made.name = "made"
+    node.inputs[1] = made
+    change_own_constant(node, 1, np.ones(3, np.float32), names)
+    assert node.inputs[1].name == "made_scaled" and node.inputs[1].values.tolist() == [1.0, 1.0, 1.0]
+    found = constant_value(made)
+    assert found is not None and found.shape == () and made.outputs == []
+
+
 # -- names and wiring --------------------------------------------------------------------------------------------------
 
 
@@ -528,8 +561,10 @@ def test_nodes_are_removed() -> None:
     assert [n.op for n in graph.nodes] == ["Add", "Relu", "Neg"]
     remove_nodes(graph, [])
     assert len(graph.nodes) == 3
-    remove_nodes(graph, [graph.nodes[0], graph.nodes[2]])
+    removed = [graph.nodes[0], graph.nodes[2]]
+    remove_nodes(graph, removed)
     assert [n.op for n in graph.nodes] == ["Relu"]
+    assert all(list(n.inputs) == list(n.outputs) == [] for n in removed)
     assert weight.outputs == [] and middle.outputs == []
     assert graph.nodes[0].inputs[0].inputs == []
 
@@ -573,6 +608,24 @@ def test_a_late_producer_only_delays_its_readers() -> None:
     assert [n.name for n in graph.nodes] == ["other", "producer", "middle", "reader"]
 
 
+def test_a_node_that_reads_or_writes_nothing_is_kept() -> None:
+    made, read = gs.Variable("made"), gs.Variable("read")
+    sink = gs.Node("Print", "sink", domain="custom", inputs=[read])
+    nodes = [sink, gs.Node("Relu", "middle", inputs=[made], outputs=[read]), gs.Node("Draw", "source", outputs=[made])]
+    graph = gs.Graph(nodes=[*nodes, gs.Node("Relu", "detached")])
+    sort_nodes(graph)
+    assert [n.name for n in graph.nodes] == ["source", "middle", "sink"]
+
+
+def test_a_missing_input_is_nobodys_output() -> None:
+    empty, a, b = gs.Variable.empty(), gs.Variable("a"), gs.Variable("b")
+    first = gs.Node("Relu", "first", inputs=[gs.Variable("x"), empty], outputs=[a])
+    second = gs.Node("Split", "second", inputs=[a], outputs=[b, empty])
+    graph = gs.Graph(nodes=[second, first])
+    sort_nodes(graph)
+    assert [n.name for n in graph.nodes] == ["first", "second"]
+
+
 @pytest.mark.parametrize("through", ["input", "output"])
 def test_what_a_nested_graph_reads_comes_first(through: str) -> None:
     x, outer = gs.Variable("x"), gs.Variable("outer")
@@ -597,6 +650,9 @@ def test_cycles_are_found() -> None:
     ]
     with pytest.raises(ModelError, match="cycle through node 'first'"):
         sort_nodes(gs.Graph(nodes=nodes))
+    own = gs.Variable("own")
+    with pytest.raises(ModelError, match="cycle through node 'itself'"):
+        sort_nodes(gs.Graph(nodes=[gs.Node("Relu", "itself", inputs=[own], outputs=[own])]))
 
 
 def test_depth_does_not_matter() -> None:
