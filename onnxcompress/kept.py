@@ -18,7 +18,7 @@ __all__ = ["Kept", "compose_kept", "positions_text", "read_kept", "read_position
 #: {tensor: {axis: positions of the original that are left, sorted}}; what is whole is not in it
 Kept: TypeAlias = dict[str, dict[int, tuple[int, ...]]]
 
-#: most positions that text may stand for: a range is short and may claim anything
+#: most positions that a text may stand for: a range is short and may claim anything
 _MOST = 1 << 24
 
 
@@ -47,7 +47,14 @@ def read_kept(text: str) -> Kept:
     """
     try:
         data = json.loads(text)
-        return {str(n): {int(axis): read_positions(r) for axis, r in axes.items()} for n, axes in data.items()}
+        kept: Kept = {}
+        left = _MOST
+        for name, axes in data.items():
+            kept[str(name)] = own = {}
+            for axis, positions in axes.items():
+                own[int(axis)] = found = read_positions(positions, left)
+                left -= len(found)
+        return kept
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(
             f"the metadata 'kept' says what pruning left, but cannot be read: {' '.join(str(error).split())[:100]}; "
@@ -63,19 +70,21 @@ def positions_text(indices: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def read_positions(text: str) -> tuple[int, ...]:
+def read_positions(text: str, most: int = _MOST) -> tuple[int, ...]:
     """The positions that :func:`positions_text` wrote.
 
     Raises:
-        ValueError: the text is no such list, or not sorted.
+        ValueError: the text is no such list, not sorted, or stands for more than ``most`` positions.
     """
     found: list[int] = []
     for run in text.split(",") if text else ():
         first, _, last = run.partition("-")
         start, end = int(first), int(last or first)
-        if not 0 <= start <= end < _MOST:
+        if not 0 <= start <= end:
             raise ValueError(f"{run!r} is no range of positions")
+        if found and start <= found[-1]:
+            raise ValueError("positions are not sorted")
+        if end - start >= most - len(found):  # before they are listed: the text may claim anything
+            raise ValueError(f"{run!r} makes more than {most} positions")
         found.extend(range(start, end + 1))
-    if found != sorted(set(found)):
-        raise ValueError("positions are not sorted")
     return tuple(found)
