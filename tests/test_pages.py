@@ -267,6 +267,13 @@ def test_a_missed_budget_and_a_missing_benchmark_are_told(folder: Path) -> None:
     assert "nothing was written: top-1 fell" in page
     assert "Accuracy budget missed: SQNR, 3.00 dB kept of the 10.00 asked for." in page
     assert "Not timed." in page
+    for basis, met, text in (
+        ("SQNR", True, "Accuracy budget met: SQNR, the outputs are equal, 10.00 dB asked for."),
+        ("SQNR", False, "Accuracy budget missed: SQNR, no number kept of the 10.00 asked for."),
+        ("agreement", False, "Accuracy budget missed: agreement, no number points lost of 10.00 allowed."),
+    ):
+        facts["budget"] = {"basis": basis, "limit": 10.0, "found": None, "met": met}
+        assert text in to_html(compress_document(facts, ""), "")
 
 
 def test_what_no_page_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,17 +94,23 @@ def _summary(report: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Tiles(tuple(tiles))] if tiles else []
     budget = report["budget"]
     if budget is not None:
-        unit = "dB kept of the" if budget["basis"] == "SQNR" else "points lost of"
-        blocks.append(
-            Text(
-                f"Accuracy budget {'met' if budget['met'] else 'missed'}: {budget['basis']}, {budget['found']:.2f} "
-                f"{unit} {budget['limit']:.2f} {'asked for' if budget['basis'] == 'SQNR' else 'allowed'}.",
-                "good" if budget["met"] else "bad",
-            )
-        )
+        blocks.append(Text(_budget_text(budget), "good" if budget["met"] else "bad"))
     if report["failure"]:
         blocks.append(Text(report["failure"], "bad"))
     return blocks
+
+
+def _budget_text(budget: Mapping[str, Any]) -> str:
+    """One sentence; what is not finite, such as the SQNR of equal outputs, is null in a report."""
+    head = f"Accuracy budget {'met' if budget['met'] else 'missed'}: {budget['basis']}"
+    found, limit = budget["found"], budget["limit"]
+    if budget["basis"] == "SQNR":
+        if found is None and budget["met"]:
+            return f"{head}, the outputs are equal, {limit:.2f} dB asked for."
+        kept = "no number" if found is None else f"{found:.2f} dB"
+        return f"{head}, {kept} kept of the {limit:.2f} asked for."
+    lost = "no number" if found is None else f"{found:.2f}"
+    return f"{head}, {lost} points lost of {limit:.2f} allowed."
 
 
 def _before_after(report: Mapping[str, Any]) -> Table:
