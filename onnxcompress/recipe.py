@@ -29,6 +29,7 @@ from pydantic import ValidationError
 
 from onnxcompress.errors import RecipeError, UsageError
 from onnxcompress.passes import PASSES, load_pass
+from onnxcompress.plain_yaml import SIZE_LIMIT, Document, Position, is_file, read_text, short
 
 if TYPE_CHECKING:
     import os
@@ -43,7 +44,6 @@ __all__ = [
     "load_recipe",
     "option_error",
     "parse_recipe",
-    "parse_yaml",
     "unmatched_exclusions",
     "with_decisions",
     "with_exclusions",
@@ -60,11 +60,7 @@ RECIPES: Mapping[str, str] = {
     "lossless": "fold and clean without changing the outputs; needs no data",
 }
 
-#: bytes; a recipe of a hundred passes with decisions is far below
-SIZE_LIMIT = 1 << 20
-
 _KEYS = ("version", "target", "seed", "held_out", "passes")
-_Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -116,18 +112,6 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses anchors and aliases: with them a small file can stand for a huge one."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if getattr(event, "anchor", None) is not None:
-            raise yaml.composer.ComposerError(
-                None, None, "anchors and aliases are not used in recipes", event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-
 def load_recipe(source: str | os.PathLike[str] | Recipe) -> Recipe:
     """The named recipe or the recipe file ``source``; write ``./int8`` for a file with the name of a recipe.
 
@@ -140,21 +124,11 @@ def load_recipe(source: str | os.PathLike[str] | Recipe) -> Recipe:
         text = (resources.files("onnxcompress") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
         return parse_recipe(text, source)
     path = Path(source)
-    if not path.is_file():
+    if not is_file(path):
         close = get_close_matches(str(source), RECIPES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"named recipes: {', '.join(RECIPES)}"
-        raise RecipeError(f"no recipe named {str(source)!r} and no such file; {hint}")
-    try:
-        with path.open("rb") as file:
-            raw = file.read(SIZE_LIMIT + 1)
-        if len(raw) > SIZE_LIMIT:
-            raise RecipeError(f"{path}: the file is larger than the {SIZE_LIMIT} bytes that a recipe may have")
-        text = raw.decode("utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: is not UTF-8 text; a recipe is a YAML file") from error
-    return parse_recipe(text, str(path))
+        raise RecipeError(f"no recipe named {short(str(source))} and no such file; {hint}")
+    return parse_recipe(read_text(path), str(path))
 
 
 def parse_recipe(text: str, source: str = "recipe") -> Recipe:
@@ -165,7 +139,7 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
     """
     if len(text) > SIZE_LIMIT:
         raise RecipeError(f"{source}: longer than the {SIZE_LIMIT} characters that a recipe may have")
-    document = _Document(source)
+    document = Document(source)
     data = document.read(text)
     if not isinstance(data, dict):
         raise document.error((), "expected a mapping with the keys version, target and passes")
@@ -191,15 +165,6 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
         raise document.error(("passes",), "expected a list of passes, each `name: {options}` or a bare name")
     passes = tuple(_read_pass(document, i, entry) for i, entry in enumerate(entries))
     return Recipe(passes, target, seed, 1, share, source)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Plain data from ``text``, read as carefully as a recipe; ``source`` names it in messages.
-
-    Raises:
-        RecipeError: the text is no plain YAML.
-    """
-    return _Document(source).read(text)
 
 
 def with_decisions(recipe: Recipe, report: PassReport) -> Recipe:
@@ -269,26 +234,21 @@ def unmatched_exclusions(recipe: Recipe, graphs: Sequence[Graph]) -> list[str]:
     return messages
 
 
-def option_error(error: ValidationError, cls: type[Pass]) -> tuple[_Path, str]:
+def option_error(error: ValidationError, cls: type[Pass]) -> tuple[Position, str]:
     """Where the first error lies in the options of ``cls``, and what is wrong, in one line."""
     first = error.errors(include_url=False)[0]
-    path: _Path = tuple(first["loc"])
+    path: Position = tuple(first["loc"])
     if first["type"] == "extra_forbidden" and len(path) == 1:
         text = f"unknown option{_did_you_mean(str(path[0]), tuple(cls.model_fields))}"
     else:
         message = str(first["msg"]).replace("a valid tuple", "a list")
         text = " ".join(f"{message[:1].lower()}{message[1:]}".split())
         if first["type"] != "missing":
-            text += f", found {_short(first['input'])}"
+            text += f", found {short(first['input'])}"
     return path, text
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _check_target(document: _Document, target: str) -> None:
+def _check_target(document: Document, target: str) -> None:
     from onnxcompress.targets import get_target
 
     try:
@@ -297,12 +257,12 @@ def _check_target(document: _Document, target: str) -> None:
         raise document.error(("target",), str(error)) from error
 
 
-def _read_pass(document: _Document, index: int, entry: Any) -> Pass:
-    where: _Path = ("passes", index)
+def _read_pass(document: Document, index: int, entry: Any) -> Pass:
+    where: Position = ("passes", index)
     if isinstance(entry, str):
         entry = {entry: None}
     if not isinstance(entry, dict) or len(entry) != 1:
-        raise document.error(where, f"expected one `name: {{options}}` or a bare name, found {_short(entry)}")
+        raise document.error(where, f"expected one `name: {{options}}` or a bare name, found {short(entry)}")
     name, options = next(iter(entry.items()))
     if name not in PASSES:
         raise document.error((*where, name), f"unknown pass{_did_you_mean(name, tuple(PASSES))}")
@@ -310,7 +270,7 @@ def _read_pass(document: _Document, index: int, entry: Any) -> Pass:
     if options is None:
         options = {}
     if not isinstance(options, dict):
-        raise document.error(where, f"expected a mapping of options, found {_short(options)}")
+        raise document.error(where, f"expected a mapping of options, found {short(options)}")
     cls: type[Pass] = load_pass(name)
     try:
         return cls.model_validate(options)
@@ -324,66 +284,3 @@ def _did_you_mean(found: str, known: Sequence[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; expected one of {', '.join(known)}" if known else "; there are none"
-
-
-class _Document:
-    """A YAML text read into plain data, which remembers the line of every position for messages."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self._lines: dict[_Path, int] = {}
-
-    def read(self, text: str) -> Any:
-        loader = None
-        try:
-            loader = _Loader(text)
-            node = loader.get_single_node()
-            return None if node is None else self._value(loader, node, ())
-        except RecursionError as error:
-            raise RecipeError(f"{self.source}: nested too deeply for a recipe") from error
-        except yaml.MarkedYAMLError as error:
-            line = f":{error.problem_mark.line + 1}" if error.problem_mark is not None else ""
-            problem = " ".join(str(error.problem or error.context).split())
-            raise RecipeError(f"{self.source}{line}: not valid YAML: {problem}") from error
-        except (yaml.YAMLError, ValueError) as error:
-            raise RecipeError(f"{self.source}: not valid YAML: {' '.join(str(error).split())}") from error
-        finally:
-            if loader is not None:
-                loader.dispose()
-
-    def error(self, path: _Path, text: str) -> RecipeError:
-        """An error at ``path``; the line is that of the nearest position that exists in the file."""
-        known = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in self._lines), None)
-        line = f":{self._lines[known]}" if known is not None else ""
-        where = f"{_dotted(path)}: " if path else ""
-        return RecipeError(f"{self.source}{line}: {where}{text}")
-
-    def _value(self, loader: yaml.SafeLoader, node: yaml.Node, path: _Path) -> Any:
-        self._lines.setdefault(path, node.start_mark.line + 1)
-        if isinstance(node, yaml.SequenceNode):
-            self._plain(node, "seq", path)
-            return [self._value(loader, item, (*path, i)) for i, item in enumerate(node.value)]
-        if isinstance(node, yaml.MappingNode):
-            self._plain(node, "map", path)
-            mapping: dict[str, Any] = {}
-            for key_node, value_node in node.value:
-                key = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-                if not isinstance(key, str):
-                    raise self.error(path, f"keys are names, found {_short(key_node.value)}")
-                self._lines[(*path, key)] = key_node.start_mark.line + 1
-                if key in mapping:
-                    raise self.error((*path, key), "the key is written twice; keep one")
-                mapping[key] = self._value(loader, value_node, (*path, key))
-            return mapping
-        return loader.construct_object(node)
-
-    def _plain(self, node: yaml.Node, kind: str, path: _Path) -> None:
-        if node.tag != f"tag:yaml.org,2002:{kind}":
-            raise self.error(path, f"the YAML tag {node.tag!r} is not used in recipes")
-
-
-def _dotted(path: _Path) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text

@@ -38,9 +38,14 @@ def load_function(reference: str) -> UserFunction:
     match = _REFERENCE.fullmatch(reference)
     if match is None:
         raise UsageError(f"{reference!r} does not name a function; expected file.py:function")
-    path, name = Path(match["file"]).resolve(), match["name"]
-    if not path.is_file():
-        raise UsageError(f"{match['file']}: no such file; expected file.py:function")
+    name = match["name"]
+    try:
+        path = Path(match["file"]).resolve()
+        there = path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, or a loop of links
+        there = False
+    if not there:
+        raise UsageError(f"{match['file'][:200]}: no such file; expected file.py:function")
     # A name of its own, so that the user's `data.py` cannot shadow, nor be shadowed by, another module.
     module_name = "_onnxcompress_user_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     module_spec = importlib.util.spec_from_file_location(module_name, path)

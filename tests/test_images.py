@@ -318,7 +318,7 @@ def test_parse_files(tmp_path: Path, name: str, text: str) -> None:
         ("mean=a:b", r"mean='a:b' cannot be used"),
         ("layout=HWC", r"layout='HWC' cannot be used: Input should be 'NCHW' or 'NHWC'"),
         ("", r"'' is neither key=value nor a preset"),
-        ("nothing.yaml", r"nothing\.yaml: cannot be read"),
+        ("nothing.yaml", "nothing.yaml.: no such file"),
     ],
 )
 def test_parse_errors(text: str, message: str) -> None:
@@ -334,3 +334,40 @@ def test_parse_file_that_is_no_mapping(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("size: [\n")
     with pytest.raises(UsageError, match="not valid YAML"):
         Preprocess.parse(str(tmp_path / "p.yaml"))
+
+
+def test_what_is_no_image_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives PostScript to Ghostscript, whatever the file is called."""
+    import subprocess
+
+    started: list[Any] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **more: started.append(given))
+    monkeypatch.setattr(subprocess, "check_call", lambda *given, **more: started.append(given))
+    (tmp_path / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        next(iter(open_data(tmp_path, spec("n", 3, 8, 8))))
+    assert started == []
+
+
+def test_a_thin_image_is_not_enlarged_without_end(tmp_path: Path) -> None:
+    Image.new("1", (2_000_000, 1)).save(tmp_path / "thin.png")
+    with pytest.raises(DataError, match="1x2000000 would become 32x64000000"):
+        next(iter(open_data(tmp_path, spec("n", 1, 32, 32))))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x, x]\nmean: [*a, *a]\n", "anchors and aliases"),
+        ("[" * 5000, "nested too deeply"),
+        ("size: " + "9" * 5000, "cannot be read"),
+        ("mean: " + "x" * 2_000_000, "larger than"),
+    ],
+)
+def test_hostile_preprocessing(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "steps.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        Preprocess.parse(str(tmp_path / "steps.yaml"))
+    assert len(str(caught.value)) < 1000

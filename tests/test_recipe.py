@@ -11,13 +11,12 @@ import yaml
 from onnxcompress.base import PassReport
 from onnxcompress.errors import RecipeError, UsageError
 from onnxcompress.passes import PASSES, load_pass
+from onnxcompress.plain_yaml import SIZE_LIMIT, parse_yaml
 from onnxcompress.recipe import (
     RECIPES,
-    SIZE_LIMIT,
     Recipe,
     load_recipe,
     parse_recipe,
-    parse_yaml,
     with_decisions,
     with_exclusions,
 )
@@ -213,3 +212,20 @@ def test_what_is_held_out_survives_a_round_trip() -> None:
     assert recipe.held_out == 0.25
     assert parse_recipe(recipe.to_yaml()) == recipe
     assert "held_out" not in parse_recipe("version: 1\npasses: [fold_constants]").to_yaml()
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["0x" + "f" * 9000, "0" + "7" * 9000, "0b" + "1" * 9000, "9" * 9000, "1:" * 9000 + "1", "1:" * 900 + "1.5"],
+)
+def test_numbers_that_no_machine_reads(number: str) -> None:
+    for text in (f"version: {number}", f"version: 1\npasses:\n- insert_qdq: {{search_evaluations: {number}}}"):
+        with pytest.raises(RecipeError, match="cannot be read") as caught:
+            parse_recipe(text)
+        assert len(str(caught.value)) < 300
+
+
+def test_names_that_no_file_can_have() -> None:
+    for name in ("a" * 5000, "a\0b"):
+        with pytest.raises(RecipeError, match="no such file"):
+            load_recipe(name)

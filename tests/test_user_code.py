@@ -92,3 +92,8 @@ def test_a_long_list_of_functions_is_cut(tmp_path: Path) -> None:
     (tmp_path / "many.py").write_text("".join(f"def f{i}(): pass\n" for i in range(40)))
     with pytest.raises(UsageError, match=r"found f0, .*, f9 and 30 more$"):
         load_function(f"{tmp_path}/many.py:g")
+
+
+def test_a_file_whose_name_is_too_long() -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        load_function("a" * 5000 + ".py:score")

@@ -118,6 +118,6 @@ def _none_if_empty(ctx: click.Context, param: click.Parameter, value: tuple[str,
 def _yaml(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
     if value is None:
         return None
-    from onnxcompress.recipe import parse_yaml
+    from onnxcompress.plain_yaml import parse_yaml
 
     return parse_yaml(value, param.opts[0])

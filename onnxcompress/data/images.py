@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
 
@@ -22,8 +21,14 @@ from onnxcompress.data.fit import Fitter, describe_spec
 from onnxcompress.data.order import IMAGE_SUFFIXES, natural_order
 from onnxcompress.errors import DataError, RuntimeUnavailableError, UsageError
 from onnxcompress.graph import InputSpec
+from onnxcompress.plain_yaml import read_yaml
 
 __all__ = ["PRESETS", "Preprocess", "image_dataset"]
+
+#: Pillow's names of what may be in an image file, whatever its name says; others start programs (EPS: Ghostscript)
+_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+#: pixels that an image may be enlarged to: one that is a single pixel high would fill the memory
+_MOST_PIXELS = 1 << 27
 
 Layout = Literal["NCHW", "NHWC"]
 #: height and width, or one number: the shorter side for `size`, both sides for `crop`
@@ -131,7 +136,7 @@ class Preprocess(BaseModel):
             if first["type"] == "extra_forbidden":
                 raise UsageError(f"{origin}: unknown key {key!r}; expected {', '.join(cls.model_fields)}") from error
             reason = first["msg"].removeprefix("Value error, ")
-            raise UsageError(f"{origin}: {key}={values.get(key)!r} cannot be used: {reason}") from error
+            raise UsageError(f"{origin}: {key}={repr(values.get(key))[:60]} cannot be used: {reason}") from error
 
 
 #: the usual preparations of published models; ``imagenet,crop=299,size=342`` changes one
@@ -146,12 +151,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def _read_mapping(path: Path) -> Mapping[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
+    values = read_yaml(path)  # JSON is YAML
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{path}: expected a mapping of {', '.join(Preprocess.model_fields)}")
     return values
@@ -310,7 +310,7 @@ class _Plan:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what cannot be read raises
-                with pillow.open(file) as opened:
+                with pillow.open(file, formats=_FORMATS) as opened:
                     if opened.mode.startswith(("I", "F")):
                         raise DataError(f"{file}: has more than 8 bits a channel ({opened.mode}); convert it to 8 bits")
                     image = opened.convert("RGB" if self.channels == 3 else "L")
@@ -340,6 +340,11 @@ class _Plan:
         else:  # the smallest size that covers the model's input
             factor = max(width / image.width, height / image.height)
             new = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
+        if new[0] * new[1] > max(_MOST_PIXELS, image.width * image.height):
+            raise DataError(
+                f"{file}: {image.height}x{image.width} would become {new[1]}x{new[0]} before it is cropped; expected "
+                f"at most {_MOST_PIXELS} pixels, set another size or leave the image out"
+            )
         if new != image.size:
             image = image.resize(new, resampling)
         if image.width < width or image.height < height:
@@ -367,7 +372,7 @@ def _open_size(file: Path) -> tuple[int, int]:
     """Height and width of an image."""
     pillow = _import_pillow()
     try:
-        with pillow.open(file) as image:
+        with pillow.open(file, formats=_FORMATS) as image:
             return int(image.height), int(image.width)
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise DataError(f"{file}: cannot be read as an image: {' '.join(str(error).split())[:200]}") from error
