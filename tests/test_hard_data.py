@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
+import struct
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,3 +180,47 @@ def test_batches_that_would_fill_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ResourceError, match="half of the free space"):
         open_data(endless(), ROW, work_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", [b"[" * 9000, b"{'shape': (" + b"-" * 8000 + b"1,)}", b"(" * 90 + b"1" + b")" * 90])
+def test_headers_that_are_deep(tmp_path: Path, text: bytes) -> None:
+    header = text + b" " * (-(len(text) + 11) % 64) + b"\n"
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+    with pytest.raises(DataError, match="not a NumPy array"):
+        open_data(tmp_path / "x.npy", ROW)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("offset", [1 << 63, (1 << 64) - 1, (1 << 63) - 1, 1 << 40])
+def test_members_beyond_the_file(tmp_path: Path, compressed: bool, offset: int) -> None:
+    path = tmp_path / "x.npz"
+    (np.savez_compressed if compressed else np.savez)(path, x=np.zeros((4, 2), np.float32))
+    data = bytearray(path.read_bytes())
+    entry, end = data.rfind(b"PK\x01\x02"), data.rfind(b"PK\x05\x06")
+    extra = struct.pack("<HHQ", 1, 8, offset)
+    place = entry + 46 + struct.unpack("<H", data[entry + 28 : entry + 30])[0]
+    size = struct.unpack("<I", data[end + 12 : end + 16])[0] + len(extra)
+    data[end + 12 : end + 16] = struct.pack("<I", size)
+    data[entry + 30 : entry + 32] = struct.pack("<H", len(extra))
+    data[entry + 42 : entry + 46] = b"\xff" * 4
+    data[place:place] = extra
+    path.write_bytes(data)
+    with pytest.raises(DataError):
+        open_data(path, ROW)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes with names")
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_pipes_are_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="no regular file"):
+        open_data(tmp_path / name, ROW)
+
+
+def test_objects_that_cannot_become_arrays() -> None:
+    class Broken:
+        def __array__(self, *given: Any, **more: Any) -> NDArray[Any]:
+            raise KeyError("lost")
+
+    with pytest.raises(DataError, match="Broken is no array"):
+        open_data({"x": Broken()}, ROW)

@@ -8,10 +8,12 @@ or memory (:class:`MemoryColumn`). Nothing is ever unpickled: arrays of Python o
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import shutil
 import struct
 import tempfile
+import tokenize
 import weakref
 import zipfile
 import zlib
@@ -46,6 +48,13 @@ Rows = NDArray[np.int64]
 MOST_BATCHES = 200_000
 #: bytes of the header of an array; numpy itself refuses to parse longer ones
 _MOST_HEADER_BYTES = 10_000
+#: what numpy's parser of headers, which are Python literals, makes of damaged ones; the last two where they are deep
+_BAD_HEADER = (ValueError, EOFError, OSError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)
+#: what reading a damaged or unsupported member of an archive raises; positions of 64 bits do not fit where they go
+_BAD_MEMBER = (
+    *(zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, struct.error, zlib.error, lzma.LZMAError),
+    *(ValueError, OverflowError),
+)
 #: a compressed member of more bytes than this that grows by more than this factor is a bomb
 _BOMB_BYTES, _BOMB_RATIO = 1 << 34, 100
 
@@ -213,7 +222,7 @@ class _CompressedReader(Column):
                 self._skip((row - self._next) * row_bytes)
                 self._fill(out[position : position + 1])
                 self._next = row + 1
-        except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        except (OSError, *_BAD_MEMBER) as error:
             raise DataError(
                 f"{self._column.path}: member {self._column.member!r} cannot be decompressed: {error}"
             ) from error
@@ -270,8 +279,8 @@ def _npy_header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, 
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(_header(stream, 4))
         else:
             raise DataError(f"{origin}: version {version} of the .npy format is not supported; save it with numpy.save")
-    except (ValueError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except _BAD_HEADER as error:
+        reason = " ".join(str(error).split())[:200] or "its header is nested too deeply"
         raise DataError(f"{origin}: not a NumPy array ({reason}); save it with numpy.save or numpy.savez") from error
     if dtype.hasobject:
         raise DataError(
@@ -294,12 +303,19 @@ def _header(stream: IO[bytes], bytes_of_length: int) -> IO[bytes]:
     return io.BytesIO(start + stream.read(length))
 
 
+def _check_regular(path: Path) -> None:
+    """A pipe of that name would block for ever; a file that is not there is told by whoever opens it."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is no regular file; save the array to one")
+
+
 def npy_column(path: Path) -> FileColumn:
     """The array in a ``.npy`` file.
 
     Raises:
         DataError: no such array, an array of objects, or a file that is shorter than its header says.
     """
+    _check_regular(path)
     try:
         with path.open("rb") as file:
             shape, fortran, dtype = _npy_header(file, str(path))
@@ -318,6 +334,7 @@ def npz_columns(path: Path) -> dict[str, Column]:
         DataError: no zip file, a member that is no plain array, or one that is encrypted or truncated.
     """
     columns: dict[str, Column] = {}
+    _check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             for info in archive.infolist():
@@ -330,7 +347,7 @@ def npz_columns(path: Path) -> dict[str, Column]:
                 if info.flag_bits & 0x1:
                     raise DataError(f"{origin} is encrypted; write the file again with numpy.savez")
                 columns[name] = _npz_column(archive, file, info, path, origin)
-    except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+    except _BAD_MEMBER as error:
         raise DataError(f"{path}: not a .npz file ({error}); write it with numpy.savez") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be opened: {error.strerror or error}") from error

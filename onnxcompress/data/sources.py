@@ -112,7 +112,10 @@ def _open_path(path: Path, specs: Sequence[InputSpec], preprocess: Preprocess | 
     if not there:
         raise DataError(f"{path}: no such file or folder; expected {_KINDS}")
     if path.is_dir():
-        return _open_folder(path, specs, preprocess)
+        try:
+            return _open_folder(path, specs, preprocess)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     _no_preprocess(preprocess, str(path))
     suffix = path.suffix.lower()
     if suffix in ARRAY_SUFFIXES:
@@ -300,7 +303,9 @@ def _array(value: Any, where: str) -> NDArray[Any]:
                     value = getattr(value, step)()
             value = value.numpy()
         array = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # objects of the user convert themselves by their own code
         raise DataError(
             f"{where}: {type(value).__name__} is no array ({' '.join(str(error).split())[:200]})"
         ) from error
