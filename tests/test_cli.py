@@ -438,7 +438,7 @@ def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path, request: pyt
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     line = ["compress", folder / "model.onnx", "--data", folder / "data.npz", "-o", tmp_path / "results" / "out.onnx"]
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)):
         (tmp_path / "started").unlink(missing_ok=True)
         process = subprocess.Popen(
             [*PROGRAM, *map(str, line), "--evaluate", f"{tmp_path / 'slow.py'}:score"],
@@ -515,3 +515,14 @@ def test_the_runtime_writes_nothing_of_its_own(tmp_path: Path) -> None:
     answer = subprocess.run(line, capture_output=True, text=True)
     assert answer.returncode == 3
     assert [text.split(":")[0] for text in answer.stderr.splitlines()] == ["warning", "error"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_an_answer_that_cannot_be_written(folder: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [*PROGRAM, "inspect", folder / "model.onnx", "--json"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert ended.returncode == 7
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1] == "error: No space left on device; free some and run again"

@@ -25,4 +25,7 @@ for command in (compress.compress, inspect.inspect, compare.compare, benchmark.b
 def main() -> NoReturn:
     """The console script."""
     signal.signal(signal.SIGTERM, terminate)
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows; nohup ignores it, which is left so
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:
+        signal.signal(hangup, terminate)
     cli.main()

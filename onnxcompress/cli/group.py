@@ -26,7 +26,8 @@ class Group(click.Group):
         extra["standalone_mode"] = False
         try:
             status = super().main(args, prog_name or "onnxcompress", *more, **extra)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by the caller
+                sys.stdout.flush()
         except BaseException as error:
             if isinstance(error, click.UsageError):  # may be raised before --json is read
                 terminal.json |= "--json" in (args if args is not None else sys.argv)

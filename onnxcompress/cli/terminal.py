@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,8 @@ class Terminal:
         if self.json and not self._answered:
             from onnxcompress.report import SCHEMA, to_json
 
-            click.echo(to_json({"schema": SCHEMA, "error": {"type": kind, "message": message, "exit_code": code}}))
+            with suppress(OSError):  # the answer may have failed because nothing can be written there
+                click.echo(to_json({"schema": SCHEMA, "error": {"type": kind, "message": message, "exit_code": code}}))
 
     def close(self) -> None:
         """Clear what is drawn of the progress."""
