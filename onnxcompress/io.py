@@ -485,7 +485,8 @@ class _ExternalData:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                kind = ModelError if error.errno == errno.ENAMETOOLONG else UsageError
+                # too long a name, or a socket: what the file says is wrong, not how it was called
+                kind = ModelError if error.errno in (errno.ENAMETOOLONG, errno.ENXIO) else UsageError
                 raise kind(f"cannot read {where}: {error.strerror}") from error
             try:
                 self._check_file(os.fstat(descriptor), where)

@@ -220,9 +220,10 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     step(student(), context())
     with pytest.raises(DataError, match="belongs to another"):
         step(noisy(teacher(), 0.2), context())
-    (tmp_path / "state.npz").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="is no checkpoint"):
-        step(student(), context())
+    for content in (b"nothing", b"", b"PK\x03\x04 cut off", b"\x93NUMPY\x01\x00"):
+        (tmp_path / "state.npz").write_bytes(content)
+        with pytest.raises(DataError, match="is no checkpoint"):
+            step(student(), context())
 
 
 # ---- quantised students --------------------------------------------------------------------------------------------

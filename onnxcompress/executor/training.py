@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -410,7 +412,9 @@ def read_checkpoint(checkpoint: tuple[Path, str] | None) -> dict[str, Any] | Non
     try:
         with np.load(path, allow_pickle=False) as stored:
             about: dict[str, Any] = json.loads(stored["about"].tobytes().decode())
-    except (OSError, ValueError, KeyError) as error:
+        if not isinstance(about, dict):
+            raise ValueError("no mapping")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: is no checkpoint of a distillation; delete it or name another file") from error
     if about.get("key") != key:
         raise DataError(
