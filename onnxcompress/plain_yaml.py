@@ -1,6 +1,6 @@
 """YAML of strangers, read into plain data: recipes, and the steps that images are prepared by.
 
-The safe loader, no anchors or aliases, no tags, no repeated keys, no numbers that Python could not print, a limit on the
+The safe loader, no anchors or aliases, no tags, no repeated keys, no numbers that Python could not print, a limited
 size. What is wrong is told in one line with the file, the line and the position (``passes[1].insert_qdq.observer``).
 """
 

@@ -37,6 +37,9 @@ _RAW_DATA = 9
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # protobuf's own limit on nested messages
 _MAX_DEPTH = 100
+#: fields on the way to the tensors; a model of a hundred thousand nodes has about a million. A file of a few MB could
+#: hold more than can be read in a minute, and each becomes an object many times as large
+_MOST_FIELDS = 10_000_000
 _TOKEN_BYTES = 16
 _MARKER_BYTES = _TOKEN_BYTES + 8
 
@@ -92,6 +95,7 @@ class _Splitter:
         self._skip = skip
         self._result = result
         self._position = file.tell()
+        self._fields = 0
 
     def message(self, end: int, kind: int, depth: int) -> list[bytes]:
         """The pieces of the message of type ``kind`` that ends at ``end``, weights replaced by markers."""
@@ -100,6 +104,9 @@ class _Splitter:
         pieces: list[bytes] = []
         children = _CHILDREN[kind]
         while self._position < end:
+            self._fields += 1
+            if self._fields > _MOST_FIELDS:
+                raise WireError(f"it has more than {_MOST_FIELDS} fields")
             key = self._varint(end)
             number, wire_type = key >> 3, key & 7
             head = _encode(key)

@@ -137,3 +137,17 @@ def test_a_marker_in_the_file_is_only_data(tmp_path: Path) -> None:
 def test_split_needs_a_real_file() -> None:
     with pytest.raises(io.UnsupportedOperation):
         split(io.BytesIO(b"\x08\x01"), 1024)
+
+
+def test_more_fields_than_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxcompress.wire._MOST_FIELDS", 1000)
+    for count in (900, 1001):
+        path = tmp_path / f"{count}.onnx"
+        nodes = b"\x0a\x00" * count
+        path.write_bytes(b"\x3a" + bytes([len(nodes) & 127 | 128, len(nodes) >> 7]) + nodes)
+        with path.open("rb") as file:
+            if count > 1000:
+                with pytest.raises(WireError, match="more than 1000 fields"):
+                    split(file, 1024)
+            else:
+                assert split(file, 1024).skeleton == path.read_bytes()

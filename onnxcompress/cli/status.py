@@ -76,7 +76,7 @@ def discard_output() -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: like Ctrl-C, so that user code and libraries let it pass and what is half-written goes away."""
+    """SIGTERM or SIGHUP: like Ctrl-C, so that user code and libraries let it pass; what is half-written goes away."""
 
 
 def terminate(number: int, frame: Any) -> NoReturn:
