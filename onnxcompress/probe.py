@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +40,8 @@ _OUT_OF_MEMORY = (
     *("bad_alloc", "bad allocation", "length_error", "MemoryError"),
     *("Failed to allocate memory", "Cannot allocate memory", "Memory allocation"),
 )
+#: what the child writes its limits to where it extends them
+_LIMITS_FILE = "limits.json"
 #: the newest opset that a pass raises a model to
 _CONVERTED_TO = 13
 _STAGES = {
@@ -149,10 +152,9 @@ class Probe:
         hard_links: bool = False,
         limits: Limits | None = None,
     ) -> None:
-        from onnxcompress.io import model_bytes
-
         self._paths = list(dict.fromkeys(os.fspath(path) for path in paths))
-        self._limits = limits if limits is not None else limits_for(sum(model_bytes(path) for path in self._paths))
+        # Only a file system is asked here: what a file says of its external data is read by the child.
+        self._limits = limits if limits is not None else limits_for(sum(map(_file_bytes, self._paths)))
         # What the child leaves behind when it is killed lies in here.
         self._folder = tempfile.TemporaryDirectory(prefix="onnxcompress-probe-", ignore_cleanup_errors=True)
         self._process: subprocess.Popen[bytes] | None = None
@@ -160,6 +162,7 @@ class Probe:
             "paths": [os.path.abspath(path) for path in self._paths],  # noqa: PTH100 - links stay as they are
             "hard_links": hard_links,
             "limits": asdict(self._limits),
+            "extend": limits is None,
         }
         quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONFAULTHANDLER": ""}
         self._deadline = time.monotonic() + self._limits.seconds
@@ -191,7 +194,7 @@ class Probe:
         process = self._process
         assert process is not None
         try:
-            output, said = process.communicate(timeout=max(0.1, self._deadline - time.monotonic()))
+            output, said = self._communicate(process)
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
@@ -212,6 +215,28 @@ class Probe:
                 message = message.replace(os.path.abspath(path), path)  # noqa: PTH100
             raise kind(message)
         raise self._died(process.returncode, lines, said.decode(errors="replace"))
+
+    def _communicate(self, process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+        """What the child said, within its limits, which it extends once it knows the size of the external data."""
+        try:
+            return process.communicate(timeout=max(0.1, self._deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            if not self._extended():
+                raise
+            return process.communicate(timeout=max(0.1, self._deadline - time.monotonic()))
+        finally:
+            self._extended()
+
+    def _extended(self) -> bool:
+        try:
+            told = json.loads((Path(self._folder.name) / _LIMITS_FILE).read_bytes())
+        except (OSError, ValueError):
+            return False
+        more = Limits(**told)
+        self._deadline += more.seconds - self._limits.seconds
+        extended = more.seconds > self._limits.seconds
+        self._limits = more
+        return extended
 
     def _died(self, status: int, lines: list[dict[str, Any]], said: str) -> errors.OnnxCompressError:
         """What to raise about a child that ended without an answer."""
@@ -266,8 +291,28 @@ def _lines(output: bytes) -> list[dict[str, Any]]:
     return [line for line in found if isinstance(line, dict)]
 
 
+def _file_bytes(path: str) -> int:
+    """Size of one file; 0 where there is none, which the child tells better."""
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 - a path may hold a null byte
+    except (OSError, ValueError):
+        return 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The child
+
+
+def _extend(paths: Sequence[str]) -> Limits:
+    """The limits for the models with their external data, told to the parent in a file: it may be waiting."""
+    from onnxcompress.io import model_bytes
+
+    limits = limits_for(sum(model_bytes(path) for path in paths))
+    part = Path(_LIMITS_FILE + ".part")  # the folder that this process was started in
+    part.write_text(json.dumps(asdict(limits)))
+    part.replace(_LIMITS_FILE)
+    _limit(limits)
+    return limits
 
 
 def _limit(limits: Limits) -> None:
@@ -358,6 +403,9 @@ def main(request: Mapping[str, Any]) -> None:
     path = request["paths"][0]
     try:
         digests = []
+        _tell(stage="load", path=path)
+        if request.get("extend", False):
+            limits = _extend(request["paths"])
         for path in request["paths"]:
             digests.append(_open(path, bool(request["hard_links"])))
         _tell(done=digests)

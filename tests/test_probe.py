@@ -233,3 +233,32 @@ def test_libraries_of_custom_operators(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv(CUSTOM_OPERATORS_VARIABLE, str(tmp_path / "ops.c"))
     with pytest.raises(UsageError, match="custom operators"):
         Session(demo_model_path())
+
+
+def test_only_the_child_reads_what_a_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny messages become objects of many times their size: nothing is made of them where memory is not limited."""
+
+    def read(*given: object, **more: object) -> None:
+        raise AssertionError("read in the parent")
+
+    monkeypatch.setattr("onnxcompress.io._split", read)
+    path = external_model(tmp_path / "m")
+    assert list(probe_models([path])) == [str(path)]
+    functions = b"\x0a\x01F" + b"\x3a\x00" * 3_000_000
+    length, head = len(functions), bytearray(b"\xca\x01")
+    while length > 127:
+        head.append(length & 127 | 128)
+        length >>= 7
+    (tmp_path / "tiny.onnx").write_bytes(b"\x08\x0a" + bytes([*head, length]) + functions + b"\x3a\x02\x12\x00")
+    monkeypatch.setenv("ONNXCOMPRESS_PROBE_MEMORY", "200000000")
+    with pytest.raises((ResourceError, ModelError)):
+        probe_models([tmp_path / "tiny.onnx"])
+
+
+def test_limits_grow_with_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxcompress.probe._SECONDS", 60.0)
+    path = external_model(tmp_path / "m")
+    with Probe([path]) as probe:
+        before = probe._limits
+        probe.wait()
+        assert probe._limits.seconds > before.seconds
