@@ -16,7 +16,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import BinaryIO
@@ -120,10 +120,12 @@ class Transaction:
     def __init__(self, destination: Path) -> None:
         self._destination = destination
         self._temporary: list[Path] = []
-        #: files that were not there before
-        self._placed: list[Path] = []
+        #: files that were not there before, and whether something refers to them by now
+        self._placed: list[tuple[Path, Callable[[], bool]]] = []
         self._locks: list[int] = []
         self._identity: tuple[int, int] | None = None
+        #: what was at the destination when the last file was placed
+        self._found: tuple[int, int] | None = None
 
     def create(self) -> BinaryIO:
         """A new file in the destination's folder, with the permissions of any new file."""
@@ -135,10 +137,15 @@ class Transaction:
             self._locks.append(os.dup(descriptor))  # the lock lasts until the last descriptor is closed
         return file
 
-    def place(self, path: Path) -> None:
-        """Rename the last file to ``path``, which the destination is going to refer to."""
+    def place(self, path: Path, wanted: Callable[[], bool] = lambda: False) -> None:
+        """Rename the last file to ``path``, which the destination is going to refer to.
+
+        It is removed again where this transaction fails, unless another process has written the destination meanwhile
+        and ``wanted()``: it may refer to the same file.
+        """
+        self._found = self._status()
         if not os.path.lexists(path):
-            self._placed.append(path)
+            self._placed.append((path, wanted))
         self._temporary[-1].replace(path)
         self._sync_folder()
 
@@ -168,11 +175,16 @@ class Transaction:
 
     def _is_committed(self) -> bool:
         """Ask the disk, because an interrupt may come right after the rename."""
+        status = self._status()
+        return status is not None and status == self._identity
+
+    def _status(self) -> tuple[int, int] | None:
+        """Device and number of the file at the destination; None where there is none."""
         try:
             status = self._destination.stat(follow_symlinks=False)
         except OSError:
-            return False
-        return (status.st_dev, status.st_ino) == self._identity
+            return None
+        return status.st_dev, status.st_ino
 
     def __enter__(self) -> Transaction:
         remove_abandoned(self._destination.parent)
@@ -183,7 +195,8 @@ class Transaction:
     ) -> None:
         leftover = list(self._temporary)
         if not self._is_committed():
-            leftover += self._placed
+            changed = self._status() != self._found
+            leftover += [path for path, wanted in self._placed if not (changed and wanted())]
         for path in leftover:
             with contextlib.suppress(OSError):
                 path.unlink()

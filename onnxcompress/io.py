@@ -732,7 +732,7 @@ def _write_external(transaction: Transaction, path: Path, skeleton: Skeleton, pr
         for known in protected:
             if data.exists() and known.exists() and data.samefile(known):
                 raise UsageError(f"{data} belongs to the input, which is never overwritten; choose another output")
-        transaction.place(data)
+        transaction.place(data, lambda: data in _known_files(path))
     _refer(places, data.name)
     return _DataFile(data, size, digest)
 

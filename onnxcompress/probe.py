@@ -305,12 +305,11 @@ def _file_bytes(path: str) -> int:
 
 def _extend(paths: Sequence[str]) -> Limits:
     """The limits for the models with their external data, told to the parent in a file: it may be waiting."""
+    from onnxcompress.atomic import write_file
     from onnxcompress.io import model_bytes
 
     limits = limits_for(sum(model_bytes(path) for path in paths))
-    part = Path(_LIMITS_FILE + ".part")  # the folder that this process was started in
-    part.write_text(json.dumps(asdict(limits)))
-    part.replace(_LIMITS_FILE)
+    write_file(_LIMITS_FILE, json.dumps(asdict(limits)).encode())  # in the folder that this process was started in
     _limit(limits)
     return limits
 

@@ -931,3 +931,22 @@ def test_names_of_any_kind(name: str, tmp_path: Path) -> None:
     saved = save(graph, path.with_name(f"out {path.name}"))
     feeds = {name: weights(5, 2, ROWS)}
     np.testing.assert_array_equal(Session(saved.path).run(feeds)["y"], Session(path).run(feeds)["y"])
+
+
+def test_an_interrupt_takes_nothing_from_another_process(
+    external_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal contents have one name: what this process placed may be what a model of another one refers to by now."""
+    graph, path = load(external_path), tmp_path / "out.onnx"
+    commit = io.Transaction.commit
+
+    def interrupted(self: io.Transaction, overwrite: bool) -> None:
+        monkeypatch.setattr(io.Transaction, "commit", commit)
+        save(graph, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(io.Transaction, "commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(graph, path)
+    assert model_sha256(path)
+    assert len(model_files(path)) == 2
