@@ -410,7 +410,7 @@ def read_checkpoint(checkpoint: tuple[Path, str] | None) -> dict[str, Any] | Non
         return None
     path, key = checkpoint
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             about: dict[str, Any] = json.loads(stored["about"].tobytes().decode())
         if not isinstance(about, dict):
             raise ValueError("no mapping")
