@@ -72,13 +72,12 @@ class TimedIslands:
 
 def real_types(variants: Variants, data: Dataset) -> dict[str, TensorType]:
     """Types and shapes for one sample as the data has it: symbolic sizes are as long as they are in fact."""
-    feeds = data.rebatch(1).first().feeds
-    return infer_shapes(variants.graph, {name: tuple(value.shape) for name, value in feeds.items()})
+    return infer_shapes(variants.graph, data.sample_shapes())
 
 
 def doubtful_islands(placement: Placement, types: Mapping[str, TensorType], macs: Mapping[str, int]) -> list[Island]:
     """Islands whose worth the static estimate cannot vouch for, the least worthwhile first."""
-    islands = find_islands(replace(placement, types=types), macs)
+    islands = find_islands(replace(placement, sizes=types), macs)
     doubtful = [island for island in islands if island.gain < _DOUBTFUL * island.conversions]
     return sorted(doubtful, key=lambda island: island.gain / max(island.conversions, 1.0))
 
@@ -94,7 +93,7 @@ def doubtful_regions(
     if not any(unit.node.op in _FUNCTIONS for unit in placement.integer_units):
         return [_names(island.units) for island in doubtful_islands(placement, types, macs)]
     regions = []
-    for island in find_islands(replace(placement, types=types), macs):
+    for island in find_islands(replace(placement, sizes=types), macs):
         whole = max(sum(macs.get(unit.node.name, 0) for unit in island.units), 1)
         parts: list[list[Unit]] = [[] for _ in range(_PARTS)]
         done = 0

@@ -696,7 +696,8 @@ def test_a_size_that_nobody_knows_is_no_symbol(spelling: str) -> None:
     )
     graph = from_proto(model)
     assert list(graph.inputs[0].shape) == ["batch", 3, None, None]
-    assert [d.dim_param for d in to_proto(graph).graph.input[0].type.tensor_type.shape.dim] == ["batch", "", *[spelling] * 2]
+    dims = to_proto(graph).graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_param for d in dims] == ["batch", "", spelling, spelling]
     graph.inputs[0].shape = ["batch", 4, None, 7]
     dims = to_proto(graph).graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_param or d.dim_value for d in dims] == ["batch", 4, spelling, 7]
