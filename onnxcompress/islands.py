@@ -111,7 +111,9 @@ def time_islands(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TimedIslands:
-    """Time the doubtful regions of a quantised model; nothing where there are none.
+    """Time the doubtful regions of a quantised model, and whether several regions together are worth it at all.
+
+    Where they are not, none is believed to be. Nothing is timed where all that is integer is one region without doubt.
 
     Args:
         variants: the quantised model.
@@ -120,12 +122,15 @@ def time_islands(
         progress: shows how far the work is.
     """
     types = real_types(variants, data)
-    regions = doubtful_regions(variants.placement, types, node_macs(variants.graph, types))
-    if not regions:
+    macs = node_macs(variants.graph, types)
+    regions = doubtful_regions(variants.placement, types, macs)
+    islands = [_names(island.units) for island in find_islands(replace(variants.placement, sizes=types), macs)]
+    vouched = len(islands) > 1 and {n for names in islands for n in names} > {n for names in regions for n in names}
+    if not regions and not vouched:
         return TimedIslands()
     shown = progress if progress is not None else SilentProgress()
     for watch in shown.track((_Watch(variants, data, seed, shown),), "timing integer regions, some seconds", 1):
-        returned = _slow(watch, regions)
+        returned = _slow(watch, islands if vouched and watch.slower_in_all(islands) else regions)
     return TimedIslands(tuple(watch.comparisons), watch.ordered(returned))
 
 
@@ -187,6 +192,11 @@ class _Watch:
         """True where another comparison may be made."""
         spent = time.perf_counter() - self._begin
         return self._possible and len(self.comparisons) < _COMPARISONS and spent < _SECONDS
+
+    def slower_in_all(self, islands: Sequence[tuple[str, ...]]) -> bool:
+        """True where the network loses time by integers as a whole, so that no estimate can be believed."""
+        names = frozenset(name for island in islands for name in island)
+        return self.running() and self.compare(names, frozenset()).low > 1.0
 
     def ordered(self, names: AbstractSet[str]) -> tuple[str, ...]:
         """``names`` in graph order."""

@@ -152,3 +152,16 @@ def test_conversions_are_priced_by_the_sizes_of_the_data(side: str | None) -> No
     assert found.macs == expected.macs == node_macs(found.graph, real_types(found, data))
     blind = place(found.graph, found.target)
     assert [u.integer for u in blind.units] != [u.integer for u in found.placement.units]
+
+
+def test_regions_that_lose_together_are_all_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimate vouched for them, but integers as a whole were slower."""
+    module = import_module("onnxcompress.islands")
+    variants, data = quantised(wobbly(), samples(16))
+    convs = {u.node.name for u in variants.placement.integer_units if u.node.op == "Conv"}
+    monkeypatch.setattr(module, "_DOUBTFUL", 0.0)
+    monkeypatch.setattr(module, "benchmark", Clock(integer=0.5))
+    kept = time_islands(variants, data)
+    assert len(kept.comparisons) == 1 and not kept.returned
+    monkeypatch.setattr(module, "benchmark", Clock(integer=2.0))
+    assert convs <= set(time_islands(variants, data).returned)
