@@ -225,7 +225,7 @@ class _Runner:
         """``outcome`` where it keeps the budget on the samples of the search, otherwise what does."""
         data = self._held_out
         assert data is not None
-        types = infer_shapes(self._graph, {n: v.shape for n, v in data.rebatch(1).first().feeds.items()})
+        types = infer_shapes(self._graph, data.sample_shapes())
         macs = node_macs(self._graph, types)
         cost = max(sum(macs.values()), 1)
         judging = self._gauge(data, max(_JUDGED[0], min(_JUDGED[1], int(_JUDGED_MACS / cost))))

@@ -399,6 +399,11 @@ class _Job:
             for note in dataset.notes if dataset is not None else ():
                 self.warn(note)
 
+    def sample_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of the inputs for one sample, where there is data."""
+        data = self.data if self.data is not None else self.eval_data
+        return None if data is None else data.sample_shapes()
+
     def close(self) -> None:
         """Remove the spools of the data."""
         for dataset in (self.data, self.eval_data):
@@ -414,7 +419,7 @@ class _Job:
                 for _ in self.progress.track(dataset, f"checking the {name}", len(dataset)) if dataset else ():
                     pass
         with self.timed("plan"):
-            planned = plan(graph, self.target, self.recipe, self.progress)
+            planned = plan(graph, self.target, self.recipe, self.progress, self.sample_shapes())
         return replace(self.started(graph), planned=planned)
 
     def started(self, graph: Graph) -> CompressResult:
@@ -427,7 +432,7 @@ class _Job:
             recipe=self.recipe,
             target=self.target,
             guarantee=self.recipe.pipeline().guarantee,
-            before=_size(graph, model_bytes(self.model)),
+            before=_size(graph, model_bytes(self.model), self.sample_shapes()),
             warnings=tuple(self.warnings),
             seconds=self.seconds,
         )
@@ -471,7 +476,7 @@ class _Job:
                 result,
                 recipe=recipe,
                 report=done.report,
-                after=_size(done.graph, staged.bytes),
+                after=_size(done.graph, staged.bytes, self.sample_shapes()),
                 audit=_with_reasons(audits[-1], self.budgeted.returned) if audits else None,
                 samples=self.sample_counts(),
                 search=self.budgeted.search,
@@ -712,6 +717,6 @@ def _same_file(data: Any, eval_data: Any) -> bool:
     return len(paths) == 2 and all(p.exists() for p in paths) and paths[0].samefile(paths[1])
 
 
-def _size(graph: Graph, size: int) -> ModelSize:
+def _size(graph: Graph, size: int, shapes: Mapping[str, tuple[int, ...]] | None) -> ModelSize:
     stats = graph_stats(graph)
-    return ModelSize(stats.nodes, stats.parameters, total_macs(graph), size)
+    return ModelSize(stats.nodes, stats.parameters, total_macs(graph, shapes), size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from onnxcompress.quantization.sensitivity import Sensitivity, affordable_sample
 from onnxcompress.quantization.simulation import Simulation
 from onnxcompress.recipe import Recipe, load_recipe
 from onnxcompress.session import Session
-from onnxcompress.shapes import GraphStats, graph_stats, infer_shapes, node_macs
+from onnxcompress.shapes import GraphStats, Shape, graph_stats, infer_shapes, node_macs
 from onnxcompress.targets import get_target
 
 if TYPE_CHECKING:
@@ -237,12 +238,17 @@ def inspect_sensitivity(
 
 
 def plan(
-    graph: Graph, target: str, recipe: Recipe | None = None, progress: Progress | None = None
+    graph: Graph,
+    target: str,
+    recipe: Recipe | None = None,
+    progress: Progress | None = None,
+    shapes: Mapping[str, Shape] | None = None,
 ) -> tuple[PlannedNode, ...]:
     """What would become integer on ``target``, and why the rest would not, when ``recipe`` reaches its quantiser.
 
     The passes before it run first because they change the answer: a BatchNormalization stays float, the Conv that it
-    folds into does not. The default recipe is ``int8``; a recipe that does not quantise plans nothing.
+    folds into does not. The default recipe is ``int8``; a recipe that does not quantise plans nothing. What conversions
+    cost is estimated by ``shapes``, of the inputs for one sample; by default symbols count as 1.
     """
     steps = (recipe if recipe is not None else load_recipe("int8")).passes
     quantiser = load_pass("insert_qdq")
@@ -253,10 +259,11 @@ def plan(
     ready = Pipeline([step for step in steps[:position] if not step.needs_data])(graph, context).graph
     rules = get_target(target)
     canonicalize(ready, rules)
+    sizes = None if shapes is None else infer_shapes(ready, shapes)
     options = steps[position].model_dump(include={"exclude_nodes", "exclude_operators"})
-    return tuple(PlannedNode(*node) for node in explain(ready, rules, **options))
+    return tuple(PlannedNode(*node) for node in explain(ready, rules, sizes=sizes, **options))
 
 
-def total_macs(graph: Graph) -> int:
-    """Multiply-accumulates of the outermost graph; per sample where only the batch is symbolic."""
-    return sum(node_macs(graph, infer_shapes(graph)).values())
+def total_macs(graph: Graph, shapes: Mapping[str, Shape] | None = None) -> int:
+    """Multiply-accumulates of the outermost graph: with inputs of ``shapes``, by default with symbols counted as 1."""
+    return sum(node_macs(graph, infer_shapes(graph, shapes)).values())

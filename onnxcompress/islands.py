@@ -72,13 +72,12 @@ class TimedIslands:
 
 def real_types(variants: Variants, data: Dataset) -> dict[str, TensorType]:
     """Types and shapes for one sample as the data has it: symbolic sizes are as long as they are in fact."""
-    feeds = data.rebatch(1).first().feeds
-    return infer_shapes(variants.graph, {name: tuple(value.shape) for name, value in feeds.items()})
+    return infer_shapes(variants.graph, data.sample_shapes())
 
 
 def doubtful_islands(placement: Placement, types: Mapping[str, TensorType], macs: Mapping[str, int]) -> list[Island]:
     """Islands whose worth the static estimate cannot vouch for, the least worthwhile first."""
-    islands = find_islands(replace(placement, types=types), macs)
+    islands = find_islands(replace(placement, sizes=types), macs)
     doubtful = [island for island in islands if island.gain < _DOUBTFUL * island.conversions]
     return sorted(doubtful, key=lambda island: island.gain / max(island.conversions, 1.0))
 
@@ -94,7 +93,7 @@ def doubtful_regions(
     if not any(unit.node.op in _FUNCTIONS for unit in placement.integer_units):
         return [_names(island.units) for island in doubtful_islands(placement, types, macs)]
     regions = []
-    for island in find_islands(replace(placement, types=types), macs):
+    for island in find_islands(replace(placement, sizes=types), macs):
         whole = max(sum(macs.get(unit.node.name, 0) for unit in island.units), 1)
         parts: list[list[Unit]] = [[] for _ in range(_PARTS)]
         done = 0
@@ -112,7 +111,9 @@ def time_islands(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TimedIslands:
-    """Time the doubtful regions of a quantised model; nothing where there are none.
+    """Time the doubtful regions of a quantised model, and whether several regions together are worth it at all.
+
+    Where they are not, none is believed to be. Nothing is timed where all that is integer is one region without doubt.
 
     Args:
         variants: the quantised model.
@@ -121,12 +122,15 @@ def time_islands(
         progress: shows how far the work is.
     """
     types = real_types(variants, data)
-    regions = doubtful_regions(variants.placement, types, node_macs(variants.graph, types))
-    if not regions:
+    macs = node_macs(variants.graph, types)
+    regions = doubtful_regions(variants.placement, types, macs)
+    islands = [_names(island.units) for island in find_islands(replace(variants.placement, sizes=types), macs)]
+    vouched = len(islands) > 1 and {n for names in islands for n in names} > {n for names in regions for n in names}
+    if not regions and not vouched:
         return TimedIslands()
     shown = progress if progress is not None else SilentProgress()
     for watch in shown.track((_Watch(variants, data, seed, shown),), "timing integer regions, some seconds", 1):
-        returned = _slow(watch, regions)
+        returned = _slow(watch, islands if vouched and watch.slower_in_all(islands) else regions)
     return TimedIslands(tuple(watch.comparisons), watch.ordered(returned))
 
 
@@ -188,6 +192,11 @@ class _Watch:
         """True where another comparison may be made."""
         spent = time.perf_counter() - self._begin
         return self._possible and len(self.comparisons) < _COMPARISONS and spent < _SECONDS
+
+    def slower_in_all(self, islands: Sequence[tuple[str, ...]]) -> bool:
+        """True where the network loses time by integers as a whole, so that no estimate can be believed."""
+        names = frozenset(name for island in islands for name in island)
+        return self.running() and self.compare(names, frozenset()).low > 1.0
 
     def ordered(self, names: AbstractSet[str]) -> tuple[str, ...]:
         """``names`` in graph order."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import onnx
@@ -64,6 +64,10 @@ _BITS: Mapping[int, int] = {
 }
 
 TypeState = tuple[int, tuple[int | str | None, ...] | None, str]
+
+# What exporters write for a size that they do not know. It is no symbol: two of them need not be one size (PaddlePaddle
+# and InsightFace write "?" for the height and for the width).
+_NAMELESS: Final = frozenset({"?", "*", "-1", "None"})
 
 
 @cache
@@ -424,7 +428,9 @@ def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
     kind = dim.WhichOneof("value")
     if kind == "dim_value":
         return int(dim.dim_value)
-    return _checked(dim.dim_param) or None if kind == "dim_param" else None
+    if kind != "dim_param" or dim.dim_param in _NAMELESS:
+        return None
+    return _checked(dim.dim_param) or None
 
 
 def _declared_types(graph: onnx.GraphProto) -> dict[str, TypeState]:
@@ -488,7 +494,7 @@ def _write_type(proto: onnx.TypeProto, state: TypeState) -> None:
     if shape is None:
         inner.ClearField("shape")
         return
-    old = [(_dimension(d), d.denotation) for d in inner.shape.dim]
+    old = [(_dimension(d), d.denotation, d.dim_param) for d in inner.shape.dim]
     inner.ClearField("shape")
     inner.shape.SetInParent()
     for index, size in enumerate(shape):
@@ -497,8 +503,11 @@ def _write_type(proto: onnx.TypeProto, state: TypeState) -> None:
             dim.dim_param = size
         elif size is not None:
             dim.dim_value = size
-        if len(old) == len(shape) and old[index][0] == size and old[index][1]:
-            dim.denotation = old[index][1]
+        if len(old) == len(shape) and old[index][0] == size:
+            if old[index][1]:
+                dim.denotation = old[index][1]
+            if size is None and old[index][2]:
+                dim.dim_param = old[index][2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ class Session:
         try:
             return dict(zip(names, self._session.run(names, given), strict=True))
         except Exception as error:
-            raise ModelError(f"onnxruntime cannot run the model: {_one_line(error)}") from error
+            raise _failed_run(error) from error
 
     __call__ = run
 
@@ -179,7 +179,7 @@ class Session:
             try:
                 return run(None, given)
             except Exception as error:
-                raise ModelError(f"onnxruntime cannot run the model: {_one_line(error)}") from error
+                raise _failed_run(error) from error
 
         return bound
 
@@ -207,7 +207,7 @@ class Session:
             for name, value in zip(self.output_names, outputs, strict=True):
                 binding.bind_ortvalue_output(name, value)
         except Exception as error:
-            raise ModelError(f"onnxruntime cannot run the model: {_one_line(error)}") from error
+            raise _failed_run(error) from error
         return BoundBuffers(self._session, binding, inputs, outputs, _run_options(ort, graph_id))
 
     @property
@@ -271,7 +271,14 @@ class BoundBuffers:
             self._run(self._binding, self._options)
             self._binding.synchronize_outputs()
         except Exception as error:
-            raise ModelError(f"onnxruntime cannot run the model: {_one_line(error)}") from error
+            raise _failed_run(error) from error
+
+
+def _failed_run(error: Exception) -> ModelError:
+    text = _one_line(error)
+    if "out of data bounds" in text:  # of Gather and its like, whose indices are what the data gives, as a rule
+        text += "; does the data hold numbers beyond the model's vocabulary or classes?"
+    return ModelError(f"onnxruntime cannot run the model: {text}")
 
 
 def _run_options(ort: Any, graph_id: int | None) -> Any:

@@ -385,28 +385,34 @@ def _variants_data(variants: Variants) -> dict[str, Any]:
         "exclude_nodes": list(variants.exclude_nodes),
         "exclude_operators": list(variants.exclude_operators),
         "ranges": {name: [found.low, found.high] for name, found in variants.ranges.items()},
-        "types": {
-            name: [_type_number(t.dtype), None if t.shape is None else list(t.shape)]
-            for name, t in variants.types.items()
-        },
+        "types": _types_data(variants.types),
+        "sizes": _types_data(variants.sizes),
         "weight_range": variants.weight_range,
     }
 
 
 def _variants_of(data: Mapping[str, Any], graph: Graph) -> Variants:
-    types = {
-        name: TensorType(_type_of(number), None if shape is None else tuple(shape))
-        for name, (number, shape) in data["types"].items()
-    }
     return Variants(
         graph,
         get_target(data["target"]),
         tuple(data["exclude_nodes"]),
         tuple(data["exclude_operators"]),
         {name: Range(low, high) for name, (low, high) in data["ranges"].items()},
-        types,
+        _types_of(data["types"]),
+        _types_of(data["sizes"]),
         data["weight_range"],
     )
+
+
+def _types_data(types: Mapping[str, TensorType]) -> dict[str, Any]:
+    return {name: [_type_number(t.dtype), None if t.shape is None else list(t.shape)] for name, t in types.items()}
+
+
+def _types_of(data: Mapping[str, Any]) -> dict[str, TensorType]:
+    return {
+        name: TensorType(_type_of(number), None if shape is None else tuple(shape))
+        for name, (number, shape) in data.items()
+    }
 
 
 def _type_number(dtype: np.dtype[Any] | None) -> int:

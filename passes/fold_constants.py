@@ -11,6 +11,9 @@ Three things are done, in topological order and in nested graphs too.
 3. A target of Reshape or Expand whose unknown elements equal dimensions of the data becomes constant: 0 (copy) for a
    dimension of the same position, one -1 for a single unknown among positive numbers, 1 for Expand.
 
+Where the branches of an If prepare the same weights (those of an LSTM, say), they share one result, which the graph
+around them holds.
+
 Symbols are believed where ONNX Inference derives them from the graph inputs; shapes that the file states for inner
 tensors are not. Quantisation (QuantizeLinear, DequantizeLinear, DynamicQuantizeLinear), random operators, control flow
 and operators of other domains are never folded.
@@ -18,6 +21,7 @@ and operators of other domains are never folded.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -39,6 +43,7 @@ from onnxcompress.graph import (
     first_output,
     graph_output_ids,
     normal_domain,
+    redirect,
     release,
     remove_nodes,
     set_constant,
@@ -54,6 +59,8 @@ __all__ = ["FoldConstants"]
 LONGEST_SHAPE = 64
 #: inference is repeated while it still finds something; each round costs one inference of the whole graph
 MOST_ROUNDS = 16
+#: bytes from which nested graphs share equal results
+WORTH_SHARING = 1024
 
 
 class FoldConstants(Pass):
@@ -112,6 +119,8 @@ class _Folder:
         self.types = DerivedTypes()
         #: constant targets by graph, by what they replace and hold: readers of one computed target share one constant
         self.targets: dict[tuple[int, str, tuple[int, ...]], gs.Constant] = {}
+        #: results in nested graphs that are worth sharing
+        self.nested: list[gs.Tensor] = []
         self.unknowns = 0
         self.progress = False
 
@@ -138,6 +147,7 @@ class _Folder:
             if not self.progress:
                 break
         remove_nodes(self.graph, self.removed.values())
+        yield from self._share()
         for part in parts:
             if part is not self.graph:  # the outermost graph is sorted by the caller
                 sort_nodes(part)
@@ -196,6 +206,8 @@ class _Folder:
                 continue
             if id(tensor) not in self.leaving:
                 self._become_constant(tensor, value)
+                if part is not self.graph and value.nbytes >= WORTH_SHARING:
+                    self.nested.append(tensor)
             else:
                 list.clear(tensor.inputs)
                 holder = gs.Constant(tensor.name, _frozen(value))
@@ -205,6 +217,24 @@ class _Folder:
         self.removed[id(node)] = node
         self.progress = True
         return Change("folded", label, f"{node.op}: {detail}")
+
+    def _share(self) -> Iterator[Change]:
+        """Let the readers of equal results in nested graphs read one.
+
+        A constant belongs to the innermost graph around all its readers, where its name must be free.
+        """
+        equal: dict[tuple[str, tuple[int, ...], bytes], list[gs.Tensor]] = {}
+        for tensor in self.nested:
+            if tensor.outputs:  # else it went into another result
+                value = tensor.values
+                key = (value.dtype.str, value.shape, hashlib.sha256(np.ascontiguousarray(value).data).digest())
+                equal.setdefault(key, []).append(tensor)
+        for first, *others in equal.values():
+            if others:
+                first.name = self.names.free(f"{first.name}_shared")
+            for other in others:
+                redirect(other, first)
+                yield Change("shared", other.name, f"equal to {first.name}")
 
     @staticmethod
     def _become_constant(tensor: gs.Tensor, value: NDArray[Any]) -> None:

@@ -133,7 +133,9 @@ class InsertQdq(Pass):
         sort_nodes(graph)
 
         prepared = copy_graph(graph)
-        placement = self._place(prepared, target, inserted)
+        assert context.data is not None
+        sizes = infer_shapes(prepared, context.data.sample_shapes())
+        placement = self._place(prepared, target, inserted, sizes=sizes)
         ranges = yield from self._ranges(prepared, placement, target, pixels, inserted, context)
         _warn_of_empty_inputs(prepared, ranges, context)
         changes = _write(prepared, placement, ranges, self.weight_range)
@@ -143,7 +145,7 @@ class InsertQdq(Pass):
             if proof.mismatches:
                 stripped = {m.node: m.found for m in proof.mismatches}
                 prepared = copy_graph(graph)
-                placement = self._place(prepared, target, (*inserted, *stripped))
+                placement = self._place(prepared, target, (*inserted, *stripped), sizes=sizes)
                 missing = [s for s in _sources(placement) if s not in ranges]
                 ranges |= self._calibrate(copy_graph(graph), placement, missing, context)
                 changes = _write(prepared, placement, ranges, self.weight_range)
@@ -178,11 +180,17 @@ class InsertQdq(Pass):
             self.exclude_operators,
             ranges,
             placement.types,
+            placement.sizes,
             self.weight_range,
         )
 
     def _place(
-        self, graph: Graph, target: Target, left: tuple[str, ...], types: Mapping[str, TensorType] | None = None
+        self,
+        graph: Graph,
+        target: Target,
+        left: tuple[str, ...],
+        types: Mapping[str, TensorType] | None = None,
+        sizes: Mapping[str, TensorType] | None = None,
     ) -> Placement:
         return place(
             graph,
@@ -190,6 +198,7 @@ class InsertQdq(Pass):
             exclude_nodes=(*self.exclude_nodes, *left),
             exclude_operators=self.exclude_operators,
             types=types,
+            sizes=sizes,
         )
 
     def _align(
@@ -336,7 +345,7 @@ class InsertQdq(Pass):
             candidate = copy_graph(graph)
             _write(
                 candidate,
-                self._place(candidate, target, inserted, placement.types),
+                self._place(candidate, target, inserted, placement.types, placement.sizes),
                 {**given, **spread(ranges)},
                 self.weight_range,
             )
@@ -344,7 +353,7 @@ class InsertQdq(Pass):
 
         evaluations = self.search_evaluations
         if evaluations is None:
-            evaluations = default_evaluations(sum(node_macs(graph, placement.types).values()))
+            evaluations = default_evaluations(sum(node_macs(graph, placement.sizes).values()))
         refused: DataError | None = None
         try:
             found: RangeSearch = search_ranges(

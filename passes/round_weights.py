@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from onnxcompress.base import Change, Context, Decision, Detail, Guarantee, Pass, Refusal
+from onnxcompress.data import Dataset
 from onnxcompress.errors import ModelError
 from onnxcompress.graph import Graph, Names, attribute, constant_value, copy_graph
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
@@ -122,7 +123,8 @@ class RoundWeights(Pass):
         if not candidates:
             return
         largest_pair = get_target(context.target).weights.largest_pair
-        macs = _macs(context.teacher)
+        assert context.data is not None
+        macs = _macs(context.teacher, context.data)
         if not self.large_models and macs * _FEW_SAMPLES > (_LARGE if largest_pair is None else _LARGE_BOUNDED):
             yield Refusal("", f"no weights rounded anew: a model of {macs / 1e6:.0f} M MACs, and large_models is false")
             return
@@ -192,9 +194,9 @@ class RoundWeights(Pass):
         return patches.weight(integers), bias, before, best
 
 
-def _macs(teacher: Graph) -> int:
+def _macs(teacher: Graph, data: Dataset) -> int:
     """Multiply-accumulates of one sample."""
-    return sum(node_macs(teacher, infer_shapes(teacher)).values())
+    return sum(node_macs(teacher, infer_shapes(teacher, data.sample_shapes())).values())
 
 
 def _float_weights(teacher: Graph, layers: Sequence[Layer]) -> list[Array | None]:

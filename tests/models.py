@@ -353,11 +353,11 @@ def reduce_mean(opset: int) -> onnx.ModelProto:
 def dynamic_image() -> onnx.ModelProto:
     net = Net()
     x = image(net, 3, "H")
-    y = net.add("Relu", net.batch_norm(net.conv(x, 3, 4, strides=[2, 2]), 4))
+    y = net.add("Relu", net.batch_norm(net.conv(x, 3, 16, strides=[2, 2]), 16))
     size = net.add("Slice", net.add("Shape", x), net.ints(2), net.ints(4))
     sizes = net.add("Concat", net.add("Slice", net.add("Shape", y), net.ints(0), net.ints(2)), size, axis=0)
     net.add("Resize", y, "", "", sizes, mode="nearest", to="y")
-    net.output("y", ["N", 4, "H", "H"])
+    net.output("y", ["N", 16, "H", "H"])
     return net.model()
 
 

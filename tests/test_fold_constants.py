@@ -567,3 +567,31 @@ def test_partial_shapes_agree_with_the_runtime(steps: list[str], number: int) ->
         net.add("Identity", name, to=f"y{i}")
         net.output(f"y{i}", [], I64)
     checked(net.model())
+
+
+def test_branches_share_equal_results() -> None:
+    """Weights that both branches of an If prepare are stored once, and those that only one has where they are read."""
+    rng = np.random.default_rng(0)
+    net = Net()
+    x, weight = net.input("x", ["N", 16]), net.const(rng.normal(size=(16, 16)).astype(np.float32))
+    branches = []
+    for name in ("then", "else"):
+        inner = Net()
+        prepared = inner.add("Transpose", inner.add("Neg", weight), to="w", perm=[1, 0])
+        own = inner.add("Exp", inner.const(rng.normal(size=(16, 16)).astype(np.float32)))
+        inner.add("MatMul", inner.add("MatMul", x, prepared), own, to=name)
+        inner.output(name, ["N", 16])
+        branches.append(inner.body(name))
+    net.add("If", net.input("which", [], TensorProto.BOOL), to="y", then_branch=branches[0], else_branch=branches[1])
+    net.output("y", ["N", 16])
+    model = net.model()
+    result = EliminateDeadNodes()(FoldConstants()(from_proto(model)).graph).graph
+    folded = to_proto(result)
+    assert [tuple(t.dims) for t in folded.graph.initializer] == [(16, 16)]
+    for attribute in folded.graph.node[-1].attribute:
+        assert [n.op_type for n in attribute.g.node] == ["MatMul", "MatMul"]
+        assert [tuple(t.dims) for t in attribute.g.initializer] == [(16, 16)]
+    for which in (True, False):
+        feeds = {"x": rng.normal(size=(3, 16)).astype(np.float32), "which": np.array(which)}
+        expected, found = (Session(m, threads=1).run(feeds)["y"] for m in (from_proto(model), result))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)

@@ -680,3 +680,24 @@ def test_operator_tests_of_onnx() -> None:
         if expected.ir_version < 4:
             expected.ir_version = 4
         assert same(expected, out), name
+
+
+@pytest.mark.parametrize("spelling", ["?", "*", "-1", "None"])
+def test_a_size_that_nobody_knows_is_no_symbol(spelling: str) -> None:
+    """Height and width of PaddlePaddle's and InsightFace's networks are both called "?", and need not be one size."""
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Relu", ["x"], ["y"])],
+            "detector",
+            [value_info("x", FLOAT, ["batch", 3, spelling, spelling])],
+            [value_info("y", FLOAT, None)],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+    )
+    graph = from_proto(model)
+    assert list(graph.inputs[0].shape) == ["batch", 3, None, None]
+    dims = to_proto(graph).graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_param for d in dims] == ["batch", "", spelling, spelling]
+    graph.inputs[0].shape = ["batch", 4, None, 7]
+    dims = to_proto(graph).graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_param or d.dim_value for d in dims] == ["batch", 4, spelling, 7]

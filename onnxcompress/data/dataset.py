@@ -143,6 +143,10 @@ class Dataset:
         finally:
             batches.close()  # type: ignore[attr-defined]
 
+    def sample_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs where one sample is fed, or as few as the model takes; those of the first sample."""
+        return {name: array.shape for name, array in self.rebatch(1).first().feeds.items()}
+
     def fingerprint(self) -> str:
         """SHA-256 of names, types, shapes, values and labels in order, hexadecimal; batch sizes make no difference.
 

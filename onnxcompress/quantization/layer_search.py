@@ -168,7 +168,7 @@ class _Search:
         self._judging = judging
         self._goals = goals
         self._progress = progress
-        self._types = simulation.variants.types if types is None else types
+        self._types = simulation.variants.sizes if types is None else types
         self._macs = node_macs(simulation.variants.graph, self._types)
         self._runs = 0
         self._tried: set[tuple[str, ...]] = set()
@@ -183,7 +183,7 @@ class _Search:
     def _state(self, exclude: tuple[str, ...]) -> _State:
         placement = self._variants.placed(exclude)
         on = self._simulation.of(placement)
-        return _State(exclude, placement, on, saved_nanoseconds(replace(placement, types=self._types), self._macs))
+        return _State(exclude, placement, on, saved_nanoseconds(replace(placement, sizes=self._types), self._macs))
 
     def _read(self, gauge: Gauge, on: Switches) -> Reading:
         self._runs += 1

@@ -115,6 +115,8 @@ class Placement:
     sources: dict[str, list[str]] = field(default_factory=dict)
     bounds: dict[str, Range] = field(default_factory=dict)
     outputs: frozenset[str] = frozenset()
+    #: shapes that costs are estimated by
+    sizes: Mapping[str, TensorType] = field(default_factory=dict)
     #: scale by class, once the graph is written
     scales: dict[str, float] = field(default_factory=dict)
     #: those of quantisers that took a Mul and Add of one constant a channel in
@@ -171,6 +173,7 @@ def place(
     exclude_nodes: Iterable[str] = (),
     exclude_operators: Iterable[str] = (),
     types: Mapping[str, TensorType] | None = None,
+    sizes: Mapping[str, TensorType] | None = None,
 ) -> Placement:
     """Decide which operators of the outermost graph become integer on ``target``.
 
@@ -180,11 +183,13 @@ def place(
         exclude_nodes: node names that stay float; ``*``, ``?`` and ``[...]`` match as in a shell.
         exclude_operators: operator types that stay float.
         types: shapes and types, where they are known already.
+        sizes: those of a real sample, by which costs are estimated; default: ``types``, symbols counted as 1.
     """
     types = infer_shapes(graph) if types is None else types
+    sizes = types if sizes is None else sizes
     excluded = _Exclusions(exclude_nodes, exclude_operators)
-    macs = node_macs(graph, types)
-    placement = Placement(target, _units(graph, target, types, excluded), types)
+    macs = node_macs(graph, sizes)
+    placement = Placement(target, _units(graph, target, types, excluded), types, sizes=sizes)
     placement.outputs = frozenset(t.name for t in graph.outputs)
     for unit in placement.units:
         for tensor in unit.outputs:
@@ -205,10 +210,15 @@ def place(
 
 
 def explain(
-    graph: Graph, target: Target, *, exclude_nodes: Iterable[str] = (), exclude_operators: Iterable[str] = ()
+    graph: Graph,
+    target: Target,
+    *,
+    exclude_nodes: Iterable[str] = (),
+    exclude_operators: Iterable[str] = (),
+    sizes: Mapping[str, TensorType] | None = None,
 ) -> list[tuple[str, str, bool, str]]:
-    """(node name, operator, integer?, reason) for every node, nested graphs included; no data is needed."""
-    placement = place(graph, target, exclude_nodes=exclude_nodes, exclude_operators=exclude_operators)
+    """(node name, operator, integer?, reason) for every node, nested graphs included; ``sizes`` as in :func:`place`."""
+    placement = place(graph, target, exclude_nodes=exclude_nodes, exclude_operators=exclude_operators, sizes=sizes)
     answer: list[tuple[str, str, bool, str]] = []
     for unit in placement.units:
         answer.append((unit.node.name, unit.node.op, unit.integer, why(unit)))
@@ -251,7 +261,7 @@ def costly_conversions(placement: Placement) -> list[tuple[str, float]]:
 
 
 def _conversion_cost(name: str, placement: Placement) -> float:
-    size, costs = _size(name, placement.types), placement.target.costs
+    size, costs = _size(name, placement.sizes), placement.target.costs
     if placement.writes_float(name):
         return costs.quantize * size + costs.node
     readers = [reader for reader in placement.consumers.get(name, []) if not _reads_in_silu(reader)]
@@ -469,7 +479,7 @@ def _cut(placement: Placement, macs: Mapping[str, int], inputs: set[str]) -> Non
         maker = cut.SINK if unit_or_none is None else vertex[id(unit_or_none)]
         if unit_or_none is None and name not in inputs:
             continue  # a constant operand is quantised ahead of time
-        size = _size(name, placement.types)
+        size = _size(name, placement.sizes)
         ends = {vertex.get(id(reader), cut.SINK) for reader in readers} - {cut.SINK}
         writes_floats = unit_or_none is not None and unit_or_none.keeps_float
         if maker != cut.SINK and not writes_floats:
@@ -511,7 +521,7 @@ def _through_functions(placement: Placement) -> Iterator[tuple[Unit, Unit, int]]
             continue
         for reader in placement.consumers.get(result.name, []):
             if reader.rule is not None and reader.reason is None and reader.node.op in ("Conv", "Mul"):
-                yield maker, reader, _size(source.name, placement.types)
+                yield maker, reader, _size(source.name, placement.sizes)
 
 
 def _drop_regions_without_weights(placement: Placement) -> None:
@@ -557,11 +567,11 @@ def _gain(unit: Unit, placement: Placement, macs: Mapping[str, int]) -> float:
         if unit.node.op == "Conv":
             return _gain_of_convolution(unit, placement, known)
         return known * costs.mac + 2 * costs.node
-    size = max((_size(t.name, placement.types) for t in (*unit.inputs, *unit.outputs)), default=1)
+    size = max((_size(t.name, placement.sizes) for t in (*unit.inputs, *unit.outputs)), default=1)
     readers = [r for t in unit.outputs for r in placement.consumers.get(t.name, [])]
     if len(unit.inputs) == 1 and unit.rule.role is Role.ARITHMETIC and not readers:
         # An element-wise function at the very end: as fast after the dequantiser, and more accurate.
-        return unit.rule.gain * (size - min(_size(t.name, placement.types) for t in unit.outputs))
+        return unit.rule.gain * (size - min(_size(t.name, placement.sizes) for t in unit.outputs))
     return unit.rule.gain * size
 
 
@@ -573,7 +583,7 @@ def _gain_of_convolution(unit: Unit, placement: Placement, macs: int) -> float:
     if attribute(unit.node, "group", 1) != 1 and weight[1] == 1:
         return macs * costs.depthwise_mac
     taps = prod(weight[2:])
-    known, lost = placement.types.get(unit.outputs[0].name), 0.0
+    known, lost = placement.sizes.get(unit.outputs[0].name), 0.0
     if taps > 1 and weight[1] <= _IMAGE_CHANNELS and known is not None and known.shape is not None:
         positions = [d for d in known.shape[2:] if isinstance(d, int)]
         if len(positions) == len(weight) - 2 and prod(positions) >= _IMAGE_POSITIONS:

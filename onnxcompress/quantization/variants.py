@@ -32,6 +32,7 @@ class Variants:
         exclude_operators: operator types that do.
         ranges: of every tensor that has quantisers of its own in :attr:`placement`.
         types: shapes and types of the tensors.
+        sizes: those of a real sample, by which costs are estimated.
         weight_range: see :func:`onnxcompress.quantization.affine.weight_qparams`.
     """
 
@@ -41,6 +42,7 @@ class Variants:
     exclude_operators: tuple[str, ...]
     ranges: Mapping[str, Range] = field(repr=False)
     types: Mapping[str, TensorType] = field(repr=False)
+    sizes: Mapping[str, TensorType] = field(repr=False)
     weight_range: Literal["max", "mse"] = "max"
 
     @cached_property
@@ -51,7 +53,7 @@ class Variants:
     @cached_property
     def macs(self) -> dict[str, int]:
         """Multiply-accumulates by node."""
-        return node_macs(self.graph, self.types)
+        return node_macs(self.graph, self.sizes)
 
     def placed(self, exclude: Iterable[str] = ()) -> Placement:
         """The placement, on :attr:`graph` itself, that leaves ``exclude`` float as well."""
@@ -64,6 +66,7 @@ class Variants:
             exclude_nodes=(*self.exclude_nodes, *exclude),
             exclude_operators=self.exclude_operators,
             types=self.types,
+            sizes=self.sizes,
         )
 
     def ranges_of(self, placement: Placement) -> dict[str, Range]:
