@@ -215,6 +215,8 @@ class Pass(BaseModel, ABC):
 
     #: pass name = file = recipe key = command
     name: ClassVar[str]
+    #: options that name files: a recipe file of a stranger may not put or find them anywhere
+    file_options: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod
@@ -240,6 +242,10 @@ class Pass(BaseModel, ABC):
             RuntimeUnavailableError: a package is not installed.
             UsageError: a file that an option names is not there.
         """
+
+    def models(self) -> tuple[str, ...]:
+        """Model files that options name, which are tried in a child process before they are opened, as the input is."""
+        return ()
 
     def depends_on(self) -> Any:
         """What the result depends on beside the graph, the options and the context, as plain data.

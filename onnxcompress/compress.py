@@ -197,7 +197,8 @@ def compress(
         dry_run: check model, recipe and data, plan, and write nothing.
         check: raise where a budget is missed; False: tell it in ``failure``. Nothing is written in either case.
         trusted: open the model here at once, without trying it in a process of its own with limits on memory and time
-            first (:mod:`onnxcompress.probe`), which targets that run on a GPU do not do either; and as ``hard_links``.
+            first (:mod:`onnxcompress.probe`), which targets that run on a GPU do not do either; as ``hard_links``; and
+            let a recipe file name files anywhere.
         hard_links: accept external data that has more than one name.
         work_dir: a folder that keeps what each pass made; where only the end of the recipe changes, the passes before
             it do not run again. It is made where it is missing, and can be deleted at any time.
@@ -216,7 +217,7 @@ def compress(
     _check_limits(max_drop, fail_if_slower_than, benchmark_seconds, samples, batch, threads, seed)
     if recipe is None:
         recipe = get_target(target if target is not None else "cpu").recipe
-    chosen = with_exclusions(load_recipe(recipe), exclude)
+    chosen = with_exclusions(load_recipe(recipe, trusted=trusted), exclude)
     target_name = target if target is not None else chosen.target
     get_target(target_name)
     if data is not None and random_data:
@@ -231,7 +232,8 @@ def compress(
     links = hard_links or trusted
     with ExitStack() as stack:
         probed = not trusted and probes(target_name)
-        probe = stack.enter_context(Probe([model], hard_links=links)) if probed else None
+        others = dict.fromkeys(path for step in chosen.passes for path in step.models())
+        probe = stack.enter_context(Probe([model, *others], hard_links=links)) if probed else None
         if verify or benchmark:
             import_onnxruntime()
         chosen.pipeline().check_available()

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -112,8 +112,10 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def load_recipe(source: str | os.PathLike[str] | Recipe) -> Recipe:
+def load_recipe(source: str | os.PathLike[str] | Recipe, *, trusted: bool = False) -> Recipe:
     """The named recipe or the recipe file ``source``; write ``./int8`` for a file with the name of a recipe.
+
+    ``trusted``: as in :func:`parse_recipe`.
 
     Raises:
         RecipeError: there is neither, or the recipe is malformed.
@@ -128,11 +130,14 @@ def load_recipe(source: str | os.PathLike[str] | Recipe) -> Recipe:
         close = get_close_matches(str(source), RECIPES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"named recipes: {', '.join(RECIPES)}"
         raise RecipeError(f"no recipe named {short(str(source))} and no such file; {hint}")
-    return parse_recipe(read_text(path), str(path))
+    return parse_recipe(read_text(path), str(path), trusted=trusted)
 
 
-def parse_recipe(text: str, source: str = "recipe") -> Recipe:
+def parse_recipe(text: str, source: str = "recipe", *, trusted: bool = False) -> Recipe:
     """The recipe written in ``text``; ``source`` names it in messages.
+
+    Options that name files (:attr:`~onnxcompress.base.Pass.file_options`) may only name some below the current folder,
+    unless the recipe is ``trusted``: whoever wrote it would otherwise choose where files are made and which are read.
 
     Raises:
         RecipeError: the text is no YAML or no recipe.
@@ -163,7 +168,7 @@ def parse_recipe(text: str, source: str = "recipe") -> Recipe:
     entries = data.get("passes")
     if not isinstance(entries, list) or not entries:
         raise document.error(("passes",), "expected a list of passes, each `name: {options}` or a bare name")
-    passes = tuple(_read_pass(document, i, entry) for i, entry in enumerate(entries))
+    passes = tuple(_read_pass(document, i, entry, trusted) for i, entry in enumerate(entries))
     return Recipe(passes, target, seed, 1, share, source)
 
 
@@ -257,7 +262,7 @@ def _check_target(document: Document, target: str) -> None:
         raise document.error(("target",), str(error)) from error
 
 
-def _read_pass(document: Document, index: int, entry: Any) -> Pass:
+def _read_pass(document: Document, index: int, entry: Any, trusted: bool) -> Pass:
     where: Position = ("passes", index)
     if isinstance(entry, str):
         entry = {entry: None}
@@ -273,10 +278,25 @@ def _read_pass(document: Document, index: int, entry: Any) -> Pass:
         raise document.error(where, f"expected a mapping of options, found {short(options)}")
     cls: type[Pass] = load_pass(name)
     try:
-        return cls.model_validate(options)
+        made = cls.model_validate(options)
     except ValidationError as error:
         path, text = option_error(error, cls)
         raise document.error((*where, *path), text) from error
+    for option in sorted(cls.file_options):
+        file = getattr(made, option)
+        if not trusted and file is not None and not _lies_below(str(file)):
+            raise document.error(
+                (*where, option),
+                f"found {short(str(file))}; a recipe file names files below the current folder, without '..'; "
+                "give --trusted where the recipe is your own",
+            )
+    return made
+
+
+def _lies_below(path: str) -> bool:
+    """True where ``path`` is relative and does not lead upwards, by the rules of any system."""
+    windows = PureWindowsPath(path)
+    return not path.startswith("/") and not windows.anchor and ".." not in windows.parts
 
 
 def _did_you_mean(found: str, known: Sequence[str]) -> str:

@@ -92,6 +92,7 @@ class Distill(Pass):
     """Train the weights so that the model answers what the original answers, on samples without labels."""
 
     name: ClassVar[str] = "distill"
+    file_options: ClassVar[frozenset[str]] = frozenset({"checkpoint", "teacher"})
 
     teacher: str | None = Field(None, description="Model file to learn from; default: the input of the recipe")
     minutes: float = Field(6.0, gt=0, le=100_000, description="About how long to train, where steps are not given")
@@ -172,6 +173,10 @@ class Distill(Pass):
         if self.checkpoint is not None and not Path(self.checkpoint).absolute().parent.is_dir():
             raise UsageError(f"the folder of the checkpoint {self.checkpoint!r} does not exist; create it first")
         import_torch()
+
+    def models(self) -> tuple[str, ...]:
+        """The teacher's file."""
+        return () if self.teacher is None else (self.teacher,)
 
     def depends_on(self) -> str | None:
         """The contents of the teacher's files."""

@@ -61,6 +61,7 @@ class InsertQdq(Pass):
     """Quantise activations and weights to 8 bits, calibrated on data."""
 
     name: ClassVar[str] = "insert_qdq"
+    file_options: ClassVar[frozenset[str]] = frozenset({"calibration_cache"})
 
     observer: Literal["min_max", "percentile", "entropy", "mse", "weighted_mse", "auto"] = Field(
         "min_max", description="How ranges are found from calibration data; auto judges them by the model's outputs"

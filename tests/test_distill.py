@@ -17,9 +17,10 @@ import pytest
 from models import BY_NAME, Net, image, make_feeds
 
 from onnxcompress.base import Change, Context, PassResult, Refusal, SilentProgress
+from onnxcompress.compress import compress
 from onnxcompress.data import Dataset, open_data
 from onnxcompress.demo import demo_calibration, demo_evaluation, demo_model_path
-from onnxcompress.errors import DataError, UsageError
+from onnxcompress.errors import DataError, ModelError, UsageError
 from onnxcompress.graph import Graph, constant_value, copy_graph, input_specs, model_info
 from onnxcompress.io import load, save
 from onnxcompress.passes.distill import Distill
@@ -27,6 +28,7 @@ from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.pipeline import Pipeline
 from onnxcompress.proto import from_proto, to_proto
+from onnxcompress.recipe import Recipe
 from onnxcompress.verify import compare
 
 torch = pytest.importorskip("torch", reason="needs the extra distill")
@@ -641,3 +643,13 @@ def test_report_entries_are_what_passes_report() -> None:
     report = distilled().report
     assert all(isinstance(change, Change) for change in report.changes)
     assert all(isinstance(refusal, Refusal) for refusal in report.refusals)
+
+
+def test_the_teachers_file_is_tried_in_a_child_process_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(paths: list[str], **_: object) -> None:
+        raise ModelError(f"tried {paths}")
+
+    monkeypatch.setattr(sys.modules[compress.__module__], "Probe", refuse)
+    recipe = Recipe((Distill(teacher="teacher.onnx"), Distill(teacher="teacher.onnx"), Distill()))
+    with pytest.raises(ModelError, match=r"tried \['student.onnx', 'teacher.onnx'\]"):
+        compress("student.onnx", {}, tmp_path / "out.onnx", recipe=recipe)

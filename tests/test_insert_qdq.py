@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from models import BY_NAME
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from qdq_oracle import simulate
@@ -20,6 +21,7 @@ from onnxcompress.errors import DataError
 from onnxcompress.graph import Graph, copy_graph, input_specs, sort_nodes
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.proto import from_proto, to_proto
+from onnxcompress.quantization.audit import audit
 from onnxcompress.quantization.calibration import calibrate
 from onnxcompress.quantization.canonical import to_canonical_form
 from onnxcompress.quantization.placement import place
@@ -708,3 +710,12 @@ def test_a_layer_that_gains_less_than_its_conversions_stays_float() -> None:
         )
         placed = {u.node.op: u.integer for u in place(graph, CPU).units}
         assert placed["Conv"] is integer
+
+
+def test_layers_in_branches_are_told_with_their_reason() -> None:
+    """Nested graphs stay as they are, and a report that names nothing would say that there is nothing."""
+    for name in ("if_branches", "loop_body"):
+        floats = audit(BY_NAME[name].build(), CPU).floats
+        told = {(node.operator, node.reason) for node in floats if "nested graph" in node.reason}
+        assert {operator for operator, _ in told} == {{"if_branches": "Conv", "loop_body": "MatMul"}[name]}
+        assert all(node.node for node in floats)

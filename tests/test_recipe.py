@@ -229,3 +229,37 @@ def test_names_that_no_file_can_have() -> None:
     for name in ("a" * 5000, "a\0b"):
         with pytest.raises(RecipeError, match="no such file"):
             load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    "path", ["/tmp/x", "../x", "a/../../x", "C:\\x", "C:x", "\\\\host\\share\\x", "..\\x", "\\x", "//host/x"]
+)
+@pytest.mark.parametrize("option", ["insert_qdq: {calibration_cache", "distill: {checkpoint", "distill: {teacher"])
+def test_a_recipe_of_a_stranger_names_no_file_elsewhere(option: str, path: str, tmp_path: Path) -> None:
+    text = f"{HEAD}passes: [{option}: '{path}'}}]"
+    name, _, key = option.partition(": {")
+    with pytest.raises(RecipeError, match=rf"passes\[0\]\.{name}\.{key}: found '.*below the current folder"):
+        parse_recipe(text)
+    assert str(getattr(parse_recipe(text, trusted=True).passes[0], key)) == path
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match="--trusted"):
+        load_recipe(file)
+    assert load_recipe(file, trusted=True).passes == parse_recipe(text, trusted=True).passes
+
+
+@pytest.mark.parametrize("path", ["x.json", "./x.json", "a/b/x.json", "..x"])
+def test_a_recipe_of_a_stranger_names_files_below(path: str) -> None:
+    (step,) = parse_recipe(f"{HEAD}passes: [insert_qdq: {{calibration_cache: {path}}}]").passes
+    assert step.model_dump()["calibration_cache"] == Path(path)
+
+
+def test_every_option_that_names_a_file_is_known_as_one() -> None:
+    for name in PASSES:
+        cls = load_pass(name)
+        said = {
+            option
+            for option, field in cls.model_fields.items()
+            if "file" in (field.description or "").lower() and not str(field.annotation).startswith("dict")
+        }
+        assert said == cls.file_options, name

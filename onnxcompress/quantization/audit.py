@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import onnx
 
 from onnxcompress.graph import Graph, constant_value
-from onnxcompress.quantization.placement import ALREADY, Placement, why
+from onnxcompress.quantization.placement import ALREADY, NESTED, Placement, why
 from onnxcompress.session import Session
 from onnxcompress.targets import Role, Target
 
@@ -127,12 +128,16 @@ def audit(
             integer[node.op_type] += 1
         elif any(types.get(name) in _FLOAT_TYPES for name in (*node.input, *node.output)):
             name = node.name.removeprefix("fused ")
-            unit = planned.get(name) or folded.get(name)
-            if unit is not None and not unit.integer:
-                reason = why(unit)
+            if name in planned and not planned[name].integer:
+                reason = why(planned[name])
+            elif name in folded and not folded[name].integer:
+                reason = f"{folded[name].node.name} is float"
             else:
                 reason = target.float_reasons.get(node.op_type, "it is not among what the runtime fuses here")
-            floats.append(FloatNode(name, node.op_type, reason))
+            floats.append(
+                FloatNode(name or node.output[0], node.op_type, reason)
+            )  # the runtime names not all of its own
+        floats.extend(_nested_floats(node, target))
     return FusionAudit(
         dict(sorted(integer.items())),
         tuple(floats),
@@ -141,6 +146,17 @@ def audit(
         tuple(_stranded(graph, placement)) if placement is not None else (),
         tuple(_mismatches(graph, target, types, placement)) if placement is not None else (),
     )
+
+
+def _nested_floats(node: onnx.NodeProto, target: Target) -> Iterator[FloatNode]:
+    """Operators with weights in the nested graphs of ``node`` that might be integer in the graph itself."""
+    for attribute in node.attribute:
+        for part in (*attribute.graphs, attribute.g):
+            for inner in part.node:
+                rule = target.rules.get(inner.op_type)
+                if rule is not None and rule.weight is not None:
+                    yield FloatNode(inner.name or inner.output[0], inner.op_type, NESTED)
+                yield from _nested_floats(inner, target)
 
 
 def _element_types(graph: onnx.GraphProto) -> dict[str, int]:

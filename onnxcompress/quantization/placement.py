@@ -29,6 +29,7 @@ from onnxcompress.targets import OperatorRule, Role, Target
 
 __all__ = [
     "ALREADY",
+    "NESTED",
     "Island",
     "Placement",
     "Unit",
@@ -56,7 +57,7 @@ _REARRANGES = (
 )
 
 ALREADY = "it is quantised in the file already"
-_NESTED = "it is inside a nested graph, and nested graphs stay as they are"
+NESTED = "it is inside a nested graph, and nested graphs stay as they are"
 _NO_GAIN = "converting its inputs and outputs would cost more time than it saves, for its neighbours are float"
 
 
@@ -228,7 +229,7 @@ def explain(
     for node in graph.nodes:
         for value in node.attrs.values():
             if isinstance(value, gs.Graph):
-                answer.extend((inner.name, inner.op, False, _NESTED) for inner in value.nodes)
+                answer.extend((inner.name, inner.op, False, NESTED) for inner in value.nodes)
     return answer
 
 
