@@ -52,6 +52,11 @@ PASSES: Mapping[str, PassEntry] = MappingProxyType(
             "FoldPadding",
             "Compute padded 1x1 convolutions without their border where a mean follows.",
         ),
+        "fuse_hard_swish": PassEntry(
+            "onnxcompress.passes.fuse_hard_swish",
+            "FuseHardSwish",
+            "Write HardSwish and HardSigmoid, which exporters spell out, as one operator each.",
+        ),
         "arrange_blocks": PassEntry(
             "onnxcompress.passes.arrange_blocks",
             "ArrangeBlocks",

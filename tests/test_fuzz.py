@@ -31,6 +31,7 @@ from onnxcompress.passes.equalize_layers import EqualizeLayers
 from onnxcompress.passes.fold_batch_norm import FoldBatchNorm
 from onnxcompress.passes.fold_constants import FoldConstants
 from onnxcompress.passes.fold_padding import FoldPadding
+from onnxcompress.passes.fuse_hard_swish import FuseHardSwish
 from onnxcompress.passes.insert_qdq import InsertQdq
 from onnxcompress.passes.prune_channels import PruneChannels
 from onnxcompress.passes.prune_weights import PruneWeights
@@ -52,6 +53,7 @@ LOSSLESS = (
     Case("eliminate_dead_nodes", (EliminateDeadNodes(),)),
     Case("fold_batch_norm", (FoldBatchNorm(),)),
     Case("fold_padding", (FoldPadding(),)),
+    Case("fuse_hard_swish", (FuseHardSwish(),)),
     Case("arrange_blocks", (ArrangeBlocks(residuals="sum", projections="merged"),)),
     Case("lossless", load_recipe("lossless").passes),
 )

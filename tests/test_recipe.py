@@ -175,7 +175,7 @@ def test_decisions_override_options() -> None:
 
 
 def test_decisions_of_another_recipe_are_refused() -> None:
-    with pytest.raises(UsageError, match="the report has 0 passes and the recipe 4"):
+    with pytest.raises(UsageError, match="the report has 0 passes and the recipe 5"):
         with_decisions(load_recipe("lossless"), report("pipeline"))
 
 
