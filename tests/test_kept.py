@@ -44,7 +44,7 @@ def test_positions_are_counted_before_they_are_listed() -> None:
         with pytest.raises(ValueError, match=f"more than {most} positions"):
             read_positions("0-2,5", most)
     most = 1 << 24  # of a whole map
-    for text in ("0-9,0-9", f"0-{most}", f"7,9-{most + 8}"):
+    for text in ("0-9,0-9", "0-3,3", f"0-{most}", f"7,9-{most + 8}"):
         with pytest.raises(ModelError, match=r"not sorted|more than"):
             read_kept(f'{{"t": {{"0": "{text}"}}}}')
     with pytest.raises(ModelError, match=f"more than {most - 3} positions"):
