@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -434,9 +435,10 @@ def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path, request: pyt
         "    return 1.0\n"
     )
     (tmp_path / "results").mkdir()
-    # A job in the background of a script has SIGINT ignored, and hands that on to its children.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    # A job in the background of a script has SIGINT ignored, one under nohup SIGHUP, and hands that on to its children.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        before = signal.signal(number, signal.default_int_handler)
+        request.addfinalizer(partial(signal.signal, number, before))
     line = ["compress", folder / "model.onnx", "--data", folder / "data.npz", "-o", tmp_path / "results" / "out.onnx"]
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)):
         (tmp_path / "started").unlink(missing_ok=True)
@@ -446,6 +448,7 @@ def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path, request: pyt
             stderr=subprocess.PIPE,
             text=True,
         )
+        request.addfinalizer(process.kill)
         end = time.monotonic() + 60
         while not (tmp_path / "started").exists():
             assert process.poll() is None, process.communicate()[1]
