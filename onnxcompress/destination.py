@@ -42,6 +42,8 @@ def checked_destination(path: str | os.PathLike[str], others: Mapping[str, Any])
         reason = error.strerror if isinstance(error, OSError) else error
         if isinstance(error, UnicodeError):
             reason = "its name is no UTF-8"
+        elif "\0" in str(target):
+            reason = "its name holds a null byte"
         raise UsageError(f"{str(target)[:100]!r} cannot be a file: {reason}; name another one") from error
     if not os.access(target.parent, os.W_OK):
         raise UsageError(f"{target}: its folder cannot be written to; choose another one")

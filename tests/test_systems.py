@@ -26,6 +26,7 @@ for name in ("resource", "fcntl", "pwd", "grp", "termios"):
     sys.modules[name] = None
 # the interpreter's own modules have read what they need of these
 import subprocess, tempfile, shutil, random
+shutil._use_fd_functions = False  # as shutil itself finds where os.supports_dir_fd is empty
 for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_DIRECTORY", "O_NONBLOCK", "sched_getaffinity", "sysconf", "getloadavg"):
     if hasattr(os, name):
         delattr(os, name)
