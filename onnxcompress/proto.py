@@ -47,7 +47,16 @@ from onnxcompress.graph import (
 )
 from onnxcompress.wire import Bytes, Payload, new_token
 
-__all__ = ["Skeleton", "checkable", "dense_tensors", "from_proto", "storage_bytes", "to_proto", "to_skeleton"]
+__all__ = [
+    "Skeleton",
+    "checkable",
+    "dense_tensors",
+    "from_proto",
+    "spell_default_domain",
+    "storage_bytes",
+    "to_proto",
+    "to_skeleton",
+]
 
 #: initializers above this many bytes are left out by ``to_proto(weights="omit")``
 OMIT_ABOVE = 1024
@@ -566,13 +575,14 @@ def checkable(model: onnx.ModelProto, token: bytes) -> onnx.ModelProto:
             tensor.ClearField("raw_data")
             del tensor.dims[:]
             tensor.dims.append(0)
-    _spell_default_domain(copy)
+    spell_default_domain(copy)
     for function in copy.functions:
-        _spell_default_domain(function)
+        spell_default_domain(function)
     return copy
 
 
-def _spell_default_domain(proto: onnx.ModelProto | onnx.FunctionProto) -> None:
+def spell_default_domain(proto: onnx.ModelProto | onnx.FunctionProto) -> None:
+    """Write the default domain as "" throughout: ONNX's checker and inference do not know that "ai.onnx" is it, too."""
     imports = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in reversed(proto.opset_import)}
     if any(o.domain == "ai.onnx" for o in proto.opset_import):
         del proto.opset_import[:]

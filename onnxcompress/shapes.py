@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress.errors import ModelError
 from onnxcompress.graph import Graph, attribute, copy_graph, element_type, normal_domain, walk_graphs
-from onnxcompress.proto import to_proto
+from onnxcompress.proto import spell_default_domain, to_proto
 
 __all__ = [
     "DerivedTypes",
@@ -89,6 +89,9 @@ def infer_shapes(graph: Graph, input_shapes: Mapping[str, Shape] | None = None) 
     ``input_shapes`` replaces the declared shapes of graph inputs, for example by those of a real batch. Where it is
     given, be it empty, the shapes that the file declares for all other tensors are not believed. Weights are
     not copied. Tensors that inference says nothing about are left out.
+
+    Raises:
+        ModelError: ONNX Inference fails.
     """
     if input_shapes is not None:
         graph = copy_graph(graph)
@@ -109,7 +112,11 @@ def infer_shapes(graph: Graph, input_shapes: Mapping[str, Shape] | None = None) 
             node.op_type, node.domain = "Identity", ""
             del node.attribute[:]
     _forget_negative_sizes(model.graph)
-    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    spell_default_domain(model)
+    try:
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
+        raise ModelError(f"shape inference fails: {' '.join(str(error).split())[:200]}") from error
     types: dict[str, TensorType] = {}
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
         if not value.type.HasField("tensor_type"):
@@ -165,10 +172,7 @@ def derive_types(graph: Graph) -> DerivedTypes:
         ModelError: ONNX Inference fails.
     """
     declared = {t.name: tuple(t.shape) for t in graph.inputs if t.shape is not None}
-    try:
-        types = infer_shapes(graph, declared)
-    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
-        raise ModelError(f"shape inference fails: {' '.join(str(error).split())[:200]}") from error
+    types = infer_shapes(graph, declared)
     tensors = [*graph.inputs, *(t for node in graph.nodes for t in node.outputs)]
     return DerivedTypes((t, types[t.name]) for t in tensors if t.name in types)
 

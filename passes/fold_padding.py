@@ -92,8 +92,8 @@ def _is_padded_pointwise(node: gs.Node) -> bool:
         return False
     if len(node.inputs) > 2 and node.inputs[2].name and constant_value(node.inputs[2]) is None:
         return False
-    pads, strides = attribute(node, "pads", [0]), attribute(node, "strides", [1])
-    explicit = attribute(node, "auto_pad", "NOTSET") == "NOTSET"
+    pads, strides = attribute(node, "pads", []), attribute(node, "strides", [1])
+    explicit = attribute(node, "auto_pad", "NOTSET") == "NOTSET" and len(pads) == 2 * (weight.ndim - 2)
     return explicit and set(strides) == {1} and min(pads) >= 0 and max(pads) > 0
 
 

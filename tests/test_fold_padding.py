@@ -184,3 +184,10 @@ def test_the_mean_keeps_the_values_that_decide() -> None:
     placement = place(FoldPadding()(from_proto(net.model())).graph, CPU)
     made = {unit.node.op: unit.outputs[0].name for unit in placement.units if unit.integer}
     assert {made["GlobalAveragePool"], made["Add"]} <= placement.peaks()
+
+
+def test_a_damaged_number_of_pads_is_left_alone() -> None:
+    for pads in ([], [1], [1, 1, 1]):
+        graph = network(pooled)
+        next(node for node in graph.nodes if node.op == "Conv" and node.inputs[1].shape[2] == 1).attrs["pads"] = pads
+        assert not FoldPadding()(graph).report.changed

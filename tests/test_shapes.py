@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from models import BY_NAME
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from onnxcompress.errors import ModelError
 from onnxcompress.proto import from_proto
 from onnxcompress.shapes import infer_shapes, node_macs
 
@@ -67,3 +69,21 @@ def test_a_size_of_minus_one_is_not_known() -> None:
     assert known["x"].shape == (None, 4)
     shape = known["y"].shape
     assert shape is not None and not isinstance(shape[0], int) and shape[1] == 4
+
+
+def test_the_default_domain_has_two_names() -> None:
+    """ONNX's own inference fails on a node of the second where the file imports the first."""
+    model = BY_NAME["residual"].build()
+    wanted = infer_shapes(from_proto(model))
+    for node in model.graph.node:
+        node.domain = "ai.onnx"
+    assert infer_shapes(from_proto(model)) == wanted
+    model.opset_import[0].domain = "ai.onnx"
+    assert infer_shapes(from_proto(model)) == wanted
+
+
+def test_what_inference_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = from_proto(BY_NAME["residual"].build())
+    monkeypatch.setattr("onnxcompress.shapes.spell_default_domain", lambda model: model.ClearField("opset_import"))
+    with pytest.raises(ModelError, match=r"shape inference fails: .*No opset import"):
+        infer_shapes(graph)
