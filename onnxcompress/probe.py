@@ -294,7 +294,7 @@ def _lines(output: bytes) -> list[dict[str, Any]]:
 def _file_bytes(path: str) -> int:
     """Size of one file; 0 where there is none, which the child tells better."""
     try:
-        return os.stat(path).st_size  # noqa: PTH116 - a path may hold a null byte
+        return Path(path).stat().st_size
     except (OSError, ValueError):
         return 0
 

@@ -296,7 +296,7 @@ def _read_pass(document: Document, index: int, entry: Any, trusted: bool) -> Pas
 def _lies_below(path: str) -> bool:
     """True where ``path`` is relative and does not lead upwards, by the rules of any system."""
     windows = PureWindowsPath(path)
-    return not path.startswith("/") and not windows.anchor and ".." not in windows.parts
+    return not windows.anchor and ".." not in windows.parts  # a path of POSIX from the root has an anchor there, too
 
 
 def _did_you_mean(found: str, known: Sequence[str]) -> str:

@@ -88,11 +88,8 @@ class _Fuser:
         if node.op == "HardSigmoid":
             if not _is_gate(node) or self.graph.opset < _HARD_SWISH:
                 return None
-            x, chain = node.inputs[0], [node]
-            product = self._product(node, x)
-            if product is None:
-                return None
-            return self._become("HardSwish", x, [*chain, product])
+            product = self._product(node, node.inputs[0])
+            return None if product is None else self._become("HardSwish", node.inputs[0], [node, product])
         found = self._shifted(node)
         if found is None:
             return None
